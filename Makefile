@@ -1,0 +1,47 @@
+# Everything a newcomer needs: `make quickstart`, `make test`. Everything a change needs: `make check`.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+EXTRA ?= cpu
+
+# uv reads no pip settings: a wheel folder configured for pip is passed on; without one, uv's own CPU torch index is used.
+LINKS := $(or $(PIP_FIND_LINKS),$(shell python3 -m pip config get global.find-links 2>/dev/null))
+UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filter cpu,$(EXTRA)),--torch-backend cpu))
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup quickstart opsd test check bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## make .venv with everything a CPU machine needs (EXTRA=gpu for CUDA)
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PYTHON) $(UV_SOURCES) --editable '.[$(EXTRA),dev]'
+	touch $@
+
+quickstart: setup ## distil a student on this machine; report in runs/quickstart/report.html
+	$(VENV)/bin/potstill quickstart $(ARGS)
+
+opsd: setup ## the same with the student as its own teacher
+	$(VENV)/bin/potstill quickstart --recipe opsd $(ARGS)
+
+test: setup ## all tests
+	$(PYTHON) -m pytest $(ARGS)
+
+check: setup ## style, types, import rules
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: setup ## the figures of the docs, as JSON
+	$(PYTHON) -m bench.steady_state
+	$(PYTHON) -m bench.quickstart
+
+clean: ## remove the environment; runs/ stays
+	rm -rf $(VENV)

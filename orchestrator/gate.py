@@ -1,0 +1,194 @@
+"""What every request passes and every refusal looks like: request id, host and content-type checks, one error shape.
+
+Refuses hosts that are not listed (a web page that rebinds its own name cannot reach a service on loopback), bodies
+that are not JSON (a web page cannot send those elsewhere without asking) and bodies that are too large.
+No message contains the text of a foreign exception, a path or a repr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from orchestrator.runs import SequenceGap
+from potstill.errors import ConfigError, ServiceError
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+MAX_BODY_BYTES = 4 << 20
+RETRY_AFTER_S = 2
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    500: "internal_error",
+    503: "overloaded_error",
+}
+_RETRYABLE = frozenset({429, 503})
+_PHRASES = {404: "there is nothing at this path", 405: "this path does not take this method"}
+_PROBES = frozenset({"/livez", "/readyz"})  # a kubelet asks by address
+
+
+class Gate:
+    """ASGI middleware. Gives each request an id and turns away what no route should see."""
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+        self._app = app
+        self._hosts = LOOPBACK | set(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await _refuse(request_id, refusal)(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ServiceError | None:
+        if scope["path"] not in _PROBES and _host_name(headers.get("host", "")) not in self._hosts:
+            return ServiceError("this service does not answer to that Host", 400, "host_not_allowed")
+        if scope["method"] in {"POST", "PUT", "PATCH"}:
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return ServiceError("send a body of Content-Type: application/json", 415, "content_type")
+        return None
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The request's body as a JSON object; an empty body is an empty one. A dependency, so that it runs after auth."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ServiceError(f"the body is larger than {MAX_BODY_BYTES} bytes", 413, "body_too_large")
+    try:
+        value = json.loads(body or b"{}", parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are JSON, but no text
+    except (ValueError, RecursionError):  # ValueError: bad JSON, bad UTF-8, NaN, a surrogate
+        raise ServiceError("the body is not a JSON value in UTF-8", 400, "invalid_json") from None
+    if not isinstance(value, dict):
+        raise ServiceError("the body must be a JSON object", 400, "invalid_json")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], Depends(json_object)]
+
+
+def install(app: FastAPI, hosts: Iterable[str]) -> None:
+    """Put the gate before every route, and one error shape behind every way of failing."""
+    app.add_middleware(Gate, hosts=hosts)
+
+    @app.exception_handler(ServiceError)
+    async def _service(request: Request, error: ServiceError) -> JSONResponse:
+        return _refuse(request.state.request_id, error)
+
+    @app.exception_handler(ConfigError)
+    async def _config(request: Request, error: ConfigError) -> JSONResponse:
+        details = [_config_line(line) for line in str(error).splitlines()]
+        return _error(request.state.request_id, 400, "invalid_config", str(error), details)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        details = [{"loc": _pointer(problem["loc"]), "message": problem["msg"]} for problem in error.errors()]
+        return _error(request.state.request_id, 400, "invalid_request", "the request is not valid", details)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = _PHRASES.get(error.status_code, "the request cannot be answered")
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        return _error(request.state.request_id, error.status_code, code, message, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, _error_raised: Exception) -> JSONResponse:
+        message = "the service made a mistake; its log tells which, under this request id"
+        return _error(request.state.request_id, 500, "internal", message)
+
+
+def _refuse(request_id: str, error: ServiceError) -> JSONResponse:
+    status = error.status if error.status is not None else 500
+    details = None
+    if isinstance(error, SequenceGap):
+        details = [{"loc": error.stream, "message": str(error), "wanted": error.wanted}]
+    return _error(request_id, status, error.code or "error", str(error), details)
+
+
+def _error(
+    request_id: str,
+    status: int,
+    code: str,
+    message: str,
+    details: list[dict[str, Any]] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The one error shape. Logged here, so that a request id in a bug report leads to a line."""
+    log.info("request %s: HTTP %d %s", request_id, status, code)
+    sent = dict(headers or {}) | {"x-request-id": request_id}
+    if status == 401:
+        sent["www-authenticate"] = "Bearer"
+    if status in _RETRYABLE:
+        sent["retry-after"] = str(RETRY_AFTER_S)
+    if status == 409:
+        sent["x-should-retry"] = "false"  # OpenAI's clients retry every 409 unless told that it is permanent
+    error = {
+        "message": message,
+        "type": _TYPES.get(status, "invalid_request_error"),
+        "code": code,
+        "param": details[0]["loc"] if details else None,
+        "details": details,
+        "retryable": status in _RETRYABLE,
+        "request_id": request_id,
+    }
+    return JSONResponse({"error": error}, status_code=status, headers=sent)
+
+
+def _config_line(line: str) -> dict[str, Any]:
+    """A line of a ConfigError begins with the dotted key it is about, when it is about one."""
+    found = re.match(r"([a-z0-9_]+(?:\.[A-Za-z0-9_]+)*): ", line)
+    return {"loc": _pointer(found[1].split(".")) if found else None, "message": line}
+
+
+def _pointer(parts: Iterable[str | int]) -> str:
+    """A JSON pointer, RFC 6901."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def _request_id(offered: str | None) -> str:
+    if offered is not None and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", offered):
+        return offered
+    return uuid.uuid4().hex
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header without its port: `[::1]:8000` is ::1."""
+    bracketed = re.fullmatch(r"\[([^\]]+)\](:\d+)?", host)
+    return bracketed[1] if bracketed else host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)

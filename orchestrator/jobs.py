@@ -1,0 +1,114 @@
+"""A run as a Ray job: launched, looked at and stopped through Ray's job submission API.
+
+The service never runs a run in its own process: it can restart while runs go on. A job's name in the cluster
+(`submission_id`) is fixed before it is launched, so that launching twice cannot start two.
+Refuses to guess: what Ray does not answer is a ServiceError, not a state.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from orchestrator.runs import Run
+from potstill.errors import ServiceError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+STOP_WAIT_S = 60  # between SIGTERM and SIGKILL: a run that is asked to stop writes its checkpoint and report first
+LOG_TAIL_LINES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the cluster knows of one run's process."""
+
+    alive: bool
+    exit_code: int | None  # None while alive, and when it was stopped or never started
+
+
+class Launcher(Protocol):
+    """Starts and stops the processes of runs. Raises ServiceError (503) when the cluster does not answer."""
+
+    def launch(self, run: Run, config: Path, token: str) -> None:
+        """Start `run` from its config file. The token travels in the environment, never on the command line."""
+
+    def look(self) -> Mapping[str, Job]:
+        """Every job that the cluster remembers, by submission id."""
+
+    def stop(self, submission_id: str) -> None:
+        """Ask a job to stop, with SIGTERM first. Asking again is harmless."""
+
+    def log_tail(self, submission_id: str) -> str:
+        """The last lines that the job wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Where Ray's job API is. `token` is its bearer token; None: as RAY_AUTH_MODE and RAY_AUTH_TOKEN say."""
+
+    address: str
+    token: str | None
+
+
+class RayLauncher:
+    """Runs as Ray jobs. `command` is what starts a run; the config's path and --report-to are appended to it."""
+
+    def __init__(self, cluster: Cluster, *, command: Sequence[str], report_url: str) -> None:
+        self._cluster = cluster
+        self._command = tuple(command)
+        self._report_url = report_url
+
+    def launch(self, run: Run, config: Path, token: str) -> None:
+        environment = {"POTSTILL_RUN_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+        with _ray_errors():
+            self._client.submit_job(
+                entrypoint=shlex.join([*self._command, str(config), "--report-to", self._report_url]),
+                submission_id=run.submission_id,
+                runtime_env={"env_vars": environment},
+                metadata={"potstill_run": run.id},
+            )
+
+    def look(self) -> Mapping[str, Job]:
+        with _ray_errors():
+            jobs = self._client.list_jobs()
+        return {
+            job.submission_id: Job(alive=not job.status.is_terminal(), exit_code=job.driver_exit_code)
+            for job in jobs
+            if job.submission_id is not None
+        }
+
+    def stop(self, submission_id: str) -> None:
+        with _ray_errors():
+            self._client.stop_job(submission_id)
+
+    def log_tail(self, submission_id: str) -> str:
+        with _ray_errors():
+            return "\n".join(self._client.get_job_logs(submission_id).splitlines()[-LOG_TAIL_LINES:])
+
+    @cached_property
+    def _client(self) -> JobSubmissionClient:
+        from ray.job_submission import JobSubmissionClient
+
+        headers = {"Authorization": f"Bearer {self._cluster.token}"} if self._cluster.token is not None else None
+        return JobSubmissionClient(self._cluster.address, headers=headers)
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Ray's client raises RuntimeError for every refusal, and lets its transports' errors through."""
+    import requests
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        yield
+    except AuthenticationError:
+        raise ServiceError("the Ray cluster refuses our token: check RAY_AUTH_TOKEN", 503, "cluster_refused") from None
+    except (RayError, RuntimeError, ConnectionError, requests.RequestException) as error:
+        raise ServiceError("the Ray cluster does not answer", 503, "cluster_unavailable") from error

@@ -1,0 +1,50 @@
+"""Bearer secrets: how they are made, what is kept of them, and how they are compared.
+
+Keeps a salt and a hash, never the secret. A secret holds 256 random bits, so one round of SHA-256 is as strong as it
+is; slow hashes are for passwords that people choose, which this file refuses to handle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedSecret:
+    """What may lie in a database."""
+
+    salt: bytes
+    digest: bytes
+
+    def matches(self, secret: str) -> bool:
+        """Compare in a time that does not depend on where the two differ."""
+        return hmac.compare_digest(self.digest, _digest(self.salt, secret))
+
+
+def new_secret() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def hashed(secret: str) -> HashedSecret:
+    salt = secrets.token_bytes(16)
+    return HashedSecret(salt=salt, digest=_digest(salt, secret))
+
+
+def new_key() -> tuple[str, str, str]:
+    """An API key for its owner, and the two halves of it: the id that finds its row, and the secret."""
+    key_id, secret = secrets.token_hex(6), new_secret()
+    return f"ps_{key_id}_{secret}", key_id, secret
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The id and the secret of an API key; None when it is not shaped like one."""
+    found = re.fullmatch(r"ps_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", key)
+    return (found[1], found[2]) if found else None
+
+
+def _digest(salt: bytes, secret: str) -> bytes:
+    return hashlib.sha256(salt + secret.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,187 @@
+"""The command `potstill`. Reads arguments, calls one thing, prints its result; everything heavy is imported on use.
+
+Exit codes: 0 done · 1 the run failed · 2 a setting is wrong · 3 the teacher · 4 the service · 5 cancelled · 130 Ctrl-C.
+A mistake of the user is one line on stderr that says what to do, never a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill import __version__, service_cli
+from potstill.errors import ConfigError, PotstillError, TeacherError
+
+CANCELLED = 5
+
+app = typer.Typer(
+    name="potstill",
+    help="On-policy distillation of language models as a service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+teacher = typer.Typer(help="Serve a teacher, or find out what one can do.", no_args_is_help=True)
+app.add_typer(teacher, name="teacher")
+service_cli.register(app)
+
+Config = Annotated[Path, typer.Argument(help="A .toml, .yaml or .json run config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, e.g. optim.lr=1e-4 loop.steps=20.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    report_to: Annotated[str | None, typer.Option(help="URL of the service that follows this run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a config here, on RAY_ADDRESS or a local Ray; the result is in <runs>/<name>."""
+    from orchestrator import foreground
+    from potstill.config import load
+
+    report = foreground.run(load(config, overrides or []), report_to=report_to, quiet=as_json)
+    print_json(report) if as_json else None
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print the resolved config, the plan and one decoded sample with its loss mask; start nothing."""
+    from potstill.config import load
+    from potstill.inspection import decoded_sample
+    from potstill.planner import plan
+
+    resolved = load(config, overrides or [])
+    found = {
+        "config": resolved.model_dump(mode="json"),
+        "plan": plan(resolved).as_dict(),
+        "sample": decoded_sample(resolved).as_dict(),
+    }
+    if as_json:
+        print_json(found)
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump({"config": found["config"]}, sort_keys=False).rstrip())
+    typer.echo(yaml.safe_dump({"plan (sizes are estimates)": found["plan"]}, sort_keys=False).rstrip())
+    typer.echo(decoded_sample(resolved).as_text())
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, and the least that a teacher must offer for each."""
+    from potstill.methods import PRESETS
+
+    rows = {
+        name: {
+            "teacher_tier": method.objective.tier.name,
+            "phrase": method.phrase,
+            "source": method.source,
+            "objective": method.objective.model_dump(exclude_none=True),
+        }
+        for name, method in PRESETS.items()
+    }
+    if as_json:
+        print_json(rows)
+        return
+    for name, row in rows.items():
+        typer.echo(f"{name:<12} teacher: {row['teacher_tier']:<8} {row['phrase']}")
+        typer.echo(f"{'':<12} {row['source']}")
+
+
+@app.command()
+def quickstart(
+    recipe: Annotated[str, typer.Option(help="opd: a teacher and a student; opsd: the student alone.")] = "opd",
+    engine: Annotated[str | None, typer.Option(help="vllm or transformers.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the student's warm-up and of the distillation.")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where runs and cached models go.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Distil a small student on this machine, from nothing, beside its controls; ends with a report."""
+    from orchestrator import quickstart as recipes
+
+    report = recipes.run(recipe, engine=engine, seed=seed, runs=runs, quiet=as_json)
+    print_json(report) if as_json else typer.echo(recipes.summary(report))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check what this machine has for potstill: packages, cores, memory, disk, ports."""
+    from potstill.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.as_dict() for finding in findings])
+    else:
+        for finding in findings:
+            typer.echo(finding.as_line())
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@teacher.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def teacher_serve(ctx: typer.Context, model: Annotated[str, typer.Argument(help="A model folder.")]) -> None:
+    """Serve a model folder as a teacher on loopback, with a key. Options: `python -m teacher_server --help`."""
+    from teacher_server.__main__ import main as serve
+
+    raise typer.Exit(serve([model, *ctx.args]))
+
+
+@teacher.command("probe")
+def teacher_probe(
+    url: Annotated[str, typer.Argument(help="Base URL of a teacher server.")],
+    key_env: Annotated[str, typer.Option(help="Variable that holds its key.")] = "POTSTILL_TEACHER_KEY",
+    as_json: Json = False,
+) -> None:
+    """Ask a teacher what it really offers, and which methods it can serve. Exit 3 when its scores cannot be used."""
+    import os
+    from dataclasses import asdict
+
+    from potstill.methods import PRESETS
+    from potstill.probe import probe
+
+    if key_env not in os.environ:
+        raise ConfigError(f"--key-env: the environment has no variable {key_env}")
+    report = asyncio.run(probe(url, os.environ[key_env]))
+    tier = report.tier
+    served = [name for name, method in PRESETS.items() if tier is not None and method.objective.tier <= tier]
+    found = {**asdict(report), "tier": None if tier is None else tier.name, "methods": served}
+    if as_json:
+        print_json(found)
+    else:
+        for name, value in found.items():
+            typer.echo(f"{name:<16} {value}")
+    raise typer.Exit(0 if report.problem is None else TeacherError.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def print_json(value: Any) -> None:
+    from potstill.journal import finite
+
+    typer.echo(json.dumps(finite(value), indent=2))
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and an exit code; typer ends all else, Ctrl-C with 130."""
+    try:
+        app()
+    except PotstillError as error:
+        typer.echo(f"potstill: {error}", err=True)
+        sys.exit(error.exit_code)
+    except asyncio.CancelledError:
+        typer.echo("potstill: stopped", err=True)
+        sys.exit(CANCELLED)

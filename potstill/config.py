@@ -1,0 +1,394 @@
+"""RunConfig: everything that decides a run, in one frozen tree. Every default that changes a number lives here.
+
+A config is a TOML or YAML file, then dotted overrides (`optim.lr=1e-4`). Unknown keys are errors that name the nearest
+real key. A renamed key keeps no alias. Files are read by `load`, mappings (an HTTP body) by `parse`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from potstill.errors import ConfigError
+from potstill.methods import PRESETS, Objective, Section
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full weights. The teacher `self/frozen` is then the student without its adapter."""
+
+    rank: Positive
+    """Width of the adapter. Too small: the student cannot follow; too large: as much memory as all weights."""
+    alpha: Annotated[float, Field(gt=0)]
+    """The update is scaled by alpha / rank. Too large acts like a learning rate that is too large."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter. The output head is never one of them."""
+
+
+class StudentConfig(Section):
+    """The model that writes and learns."""
+
+    model: str
+    """A folder in Hugging Face format: config.json, model.safetensors, tokenizer files with a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights while training. bfloat16 loses updates smaller than 1/256 of a weight."""
+    lora: LoraConfig | None = None
+    """None: all weights are trained."""
+
+
+class ServerTeacher(Section):
+    """A teacher behind HTTP (`potstill teacher serve`): a running server by url, or a model folder to start one."""
+
+    kind: Literal["server"] = "server"
+    url: str | None = None
+    """Base URL of a running teacher server, e.g. http://127.0.0.1:8001."""
+    model: str | None = None
+    """Model folder: the run starts its own teacher server on loopback and ends it with the run."""
+    secret_ref: str | None = Field(default=None, pattern=r"^(env|file):.+$")
+    """Where the bearer key of `url` is kept: env:NAME or file:PATH. Never the key itself."""
+    privileged_template: str | None = None
+    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}; None: it reads the student's."""
+    deadline_s: Annotated[float, Field(gt=0)] = 60.0
+    """Total time for one scoring request with its retries. Too short: a busy teacher fails the run."""
+    concurrency: Positive = 4
+    """Scoring requests in flight per rollout worker."""
+    threads: Positive = 1
+    """CPU threads of a server that the run starts itself."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ServerTeacher:
+        if (self.url is None) == (self.model is None):
+            raise ValueError("name exactly one of teacher.url (a running server) and teacher.model (a folder to serve)")
+        return self
+
+
+class SelfTeacher(Section):
+    """The student's own weights, reading a privileged prompt. Lives inside the learner; nothing travels."""
+
+    kind: Literal["self"] = "self"
+    weights: Literal["frozen", "ema", "live"] = "frozen"
+    """frozen: the student as the run found it; ema: its moving average; live: the current student, without gradient."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Of weights = "ema", per step. Near 1 the teacher hardly moves; too small is a live teacher, which may diverge."""
+    privileged_template: str
+    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}, e.g. "{prompt}\\nHint: {answer}"."""
+
+
+class NoTeacher(Section):
+    """For supervised runs: the text itself is the signal."""
+
+    kind: Literal["none"] = "none"
+
+
+TeacherConfig = Annotated[ServerTeacher | SelfTeacher | NoTeacher, Field(discriminator="kind")]
+
+
+class ReasoningGymData(Section):
+    """Procedural tasks with their own verifier, from the reasoning-gym package. No download."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str
+    """A reasoning-gym dataset, e.g. "chain_sum"."""
+    options: dict[str, bool | int | float | str | tuple[int | str, ...]] = Field(default_factory=dict)
+    """Its generator's settings, e.g. {min_digits = 3}."""
+    seed: int = 0
+    """Of the task stream. Held-out items come from a stream of their own and are never trained on."""
+
+
+class JsonlData(Section):
+    """A JSON Lines file, one object a line: `prompt` (text or a list of messages) and, where known, `answer`."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: str
+    """Of the file, from where the run is started."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """The last lines, kept for evaluation and never trained on."""
+    verifier: Literal["none", "exact", "last_number"] = "none"
+    """exact: the completion equals the answer; last_number: its last number does; none: no accuracy is reported."""
+
+
+DataConfig = Annotated[ReasoningGymData | JsonlData, Field(discriminator="kind")]
+
+
+class SamplingConfig(Section):
+    """How the student writes. Every field reaches the engine; nothing is left to the model's generation_config.json."""
+
+    max_new_tokens: Positive
+    """Completions are cut here and marked `length`. Too small: answers are cut before they are given."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy. Anything but 1 while training changes the distribution that the loss assumes."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1 the sampler's distribution is cut off and importance ratios shrink."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: all tokens. As top_p."""
+
+
+class RolloutConfig(Section):
+    """Who writes the completions, with which engine, and how many."""
+
+    source: Literal["student", "teacher", "reference"] = "student"
+    """student: on-policy; teacher: the teacher writes (off-policy); reference: the data's own solutions, unchanged."""
+    engine: Literal["vllm", "transformers"] = "transformers"
+    """transformers: starts at once, bit-exact, for small models; vllm: for everything else."""
+    workers: Positive = 1
+    """Rollout worker processes."""
+    threads: Positive = 1
+    """CPU threads of each worker. More than the cores there are makes every process slower."""
+    prompts_per_step: Positive
+    """Prompts in one optimizer step. Too few: a noisy gradient; too many: fewer, staler updates."""
+    samples_per_prompt: Positive = 1
+    """Completions of each prompt."""
+    max_prompt_tokens: Positive = 512
+    """Engines make room for prompts of this length; a longer one stops the run. Too large: wasted memory."""
+    sampling: SamplingConfig
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate. Distillation is touchy: twice the best value often diverges."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0. None: Adam's first steps are as large as its later ones."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up; cosine and linear fall to min_lr_ratio at the last step."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of the peak, at the last step."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """A second beta near 1 reacts slowly when the student's distribution moves."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Too large: small gradients are ignored."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """On matrices only, never on norms and biases. Too large pulls the student away from what it knew."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Global norm at which the gradient is clipped. Too small: every step is clipped and lr means something else."""
+
+
+class LearnerConfig(Section):
+    """How a step is computed. None of these changes the numbers beyond rounding."""
+
+    micro_batch_tokens: Positive = 8192
+    """Prompt and completion tokens packed into one forward pass. Too large: out of memory."""
+    chunk_tokens: Positive = 512
+    """Rows of logits that exist at a time. Too small: slow; too large: [rows × vocabulary] floats of memory."""
+    threads: Positive = 1
+    """CPU threads."""
+
+
+class LoopConfig(Section):
+    """How long, and how far generation may run ahead."""
+
+    steps: Annotated[int, Field(ge=0)]
+    """Optimizer steps. 0 evaluates and stops."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Versions by which a rollout may trail the student it trains. 0 is synchronous and reproducible."""
+    max_unscored_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of a step's loss tokens that the teacher may have failed to score before the run stops."""
+    max_train_tokens: Positive | None = None
+    """Stop after the step in which this many loss tokens have been trained; for comparisons at equal tokens."""
+
+
+class EvalConfig(Section):
+    """Accuracy on held-out items, by the data's verifier, greedily."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only before and after."""
+    items: Annotated[int, Field(ge=0)] = 0
+    """Held-out items before and after the run; 0: never evaluate."""
+    items_between: Positive = 64
+    """Held-out items of the evaluations between, which are for the curve."""
+
+
+class CheckpointConfig(Section):
+    """What is written while the run goes on. The last step is always written."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: only the last."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete."""
+
+
+class ScratchConfig(Section):
+    """A model from nothing, of the Qwen3 architecture, with a byte-level tokenizer trained on the task's own text."""
+
+    hidden: Positive
+    """Width. With `layers` it decides what the model can learn at all."""
+    intermediate: Positive
+    """Width of the feed-forward layers, usually 2 to 4 times `hidden`."""
+    layers: Positive
+    """Depth. Carrying a digit from column to column takes more than one."""
+    heads: Positive
+    """Heads of queries."""
+    kv_heads: Positive
+    """Heads of keys and values; a divisor of `heads`."""
+    head_dim: Positive = 32
+    """Width of a head. Engines have kernels for 32, 64, 128, …"""
+    vocab_size: Positive = 320
+    """Tokens at most: 256 bytes, the special ones and merges; `whole_tokens` come on top."""
+    max_positions: Positive = 512
+    """Longest sequence."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary positions. Too small: distant tokens look near."""
+    whole_tokens: tuple[str, ...] = ("<answer>", "</answer>")
+    """Strings that become one token each."""
+
+
+class RunConfig(Section):
+    """A run. `name` is also the name of its folder below `runs`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Lower-case letters, digits, - and _; 63 at most."""
+    runs: str = "runs"
+    """Folder that holds the run's folder."""
+    seed: int = 0
+    """Of prompts, sampling and initial weights of adapters."""
+    method: str
+    """A preset: see `potstill methods`."""
+    objective: Objective
+    """The preset's choices with this table's changes to them."""
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    optim: OptimConfig
+    loop: LoopConfig
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_objective(cls, raw: Any) -> Any:
+        """Lay the file's [objective] table over the preset's, so that the resolved config says everything."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("method"), str):
+            return raw
+        preset = PRESETS.get(raw["method"])
+        if preset is None:
+            raise ValueError(f"method {raw['method']!r} is not known{_nearest(raw['method'], PRESETS)}")
+        changes = raw.get("objective", {})
+        if isinstance(changes, Objective):
+            changes = changes.model_dump()
+        if not isinstance(changes, dict):
+            return raw
+        return {**raw, "objective": {**preset.objective.model_dump(), **changes}}
+
+
+def parse(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Make a RunConfig of a plain mapping and dotted overrides.
+
+    Raises ConfigError with one line per mistake, each naming the key and, for a misspelt one, the nearest real key.
+    """
+    merged = copy.deepcopy(dict(raw))
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return RunConfig.model_validate(json.loads(json.dumps(merged, default=str)))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_lines(error))) from None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a .toml, .yaml, .yml or .json file. Raises ConfigError when it is missing, unreadable or wrong."""
+    return parse(read_mapping(Path(path)), overrides)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The file's content as a plain mapping. Raises ConfigError naming the file and, where known, the line."""
+    readers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+        ".json": json.loads,
+    }
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise ConfigError(f"{path}: a config ends in {', '.join(readers)}")
+    try:
+        raw = reader(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a table of settings, not a {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: write key.path=value")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a table")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raw[last] = text
+    if isinstance(raw[last], str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            raw[last] = float(raw[last])
+        except ValueError:
+            raw[last] = text
+
+
+_TAGS = {"server", "self", "none", "reasoning_gym", "jsonl"}  # pydantic puts a union's tag into the path
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    guessed: set[tuple[int | str, ...]] = {("objective",)}  # missing where the method is
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+        loc = problem["loc"]
+        where = [str(part) for part in loc if part not in _TAGS]
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(loc)
+            message = f"no such setting{_nearest(where[-1], known)}"
+            guessed |= {(*loc[:-1], name) for name in _similar(where[-1], known)}
+        elif problem["type"] == "missing" and loc in guessed:  # said already: it is there, but misspelt
+            continue
+        elif problem["type"] == "union_tag_not_found":
+            message = "the table names no kind"
+        yield f"{'.'.join(where)}: {message}" if where else message
+
+
+def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = " or ".join(repr(name) for name in _similar(word, known))
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"
+
+
+def _similar(word: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """At most two: similarity of letters alone takes `eas` for betas before eps."""
+    return difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
+
+
+def _keys_beside(loc: Sequence[str | int]) -> list[str]:
+    """The real keys of the table in which an unknown key was found."""
+    model: type[BaseModel] = RunConfig
+    for part in loc[:-1]:
+        candidates = _models_in(model.model_fields[str(part)].annotation) if part in model.model_fields else []
+        if candidates:
+            model, kinds = candidates[0], candidates
+        elif kinds:  # `part` is the tag of a discriminated union
+            model = next((m for m in kinds if m.model_fields["kind"].default == part), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+__all__ = ["RunConfig", "load", "parse", "read_mapping"]

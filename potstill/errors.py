@@ -1,0 +1,104 @@
+"""Every error potstill raises on purpose, as one tree.
+
+PotstillError
+  ConfigError           a setting is wrong; the message names it and the fix               exit 2
+    PlanError           the method needs what this teacher or machine cannot give          exit 2
+    TokenizerMismatch   student and teacher do not share a vocabulary                      exit 2
+  RunError              a run that had started cannot go on                                exit 1
+    NonFinite           a loss, gradient or score is NaN or infinite                       exit 1
+    WeightsError        weights arrived damaged, incomplete or of the wrong shape          exit 1
+      StaleWeights      weights older than those already loaded                            exit 1
+    AlignmentError      scores do not belong to the tokens that were asked for             exit 1
+    WorkerLost          a process of the run died                                          exit 1
+    SignalLost          too few tokens could be scored for the step to mean anything       exit 1
+  TeacherError          the teacher's side of a request                                    exit 3
+    TeacherRefused      it understood and said no (4xx): mend the request                  exit 3
+    TeacherUnavailable  away, overloaded or too slow (429, 5xx, timeout): try later        exit 3
+  ServiceError          the control plane said no; carries status and code                 exit 4
+
+Every class survives pickling, because Ray carries errors between processes: state lives in `args` alone.
+"""
+
+from __future__ import annotations
+
+
+class PotstillError(Exception):
+    """Root of the tree. `category` says whose problem it is: user, system, teacher or capacity."""
+
+    exit_code = 1
+    category = "system"
+
+
+class ConfigError(PotstillError):
+    """A setting is wrong. The message names the setting and what to write instead."""
+
+    exit_code = 2
+    category = "user"
+
+
+class PlanError(ConfigError):
+    """The method needs something that the teacher or the machine does not offer."""
+
+
+class TokenizerMismatch(ConfigError):
+    """Student and teacher would read the same token id as different text."""
+
+
+class RunError(PotstillError):
+    """A run that had started cannot go on. What it had achieved is in its run directory."""
+
+
+class NonFinite(RunError):
+    """A number that steers training is NaN or infinite; raised before the optimizer moves."""
+
+
+class WeightsError(RunError):
+    """A weights version is damaged, incomplete or shaped for another model; the engine must not serve."""
+
+
+class StaleWeights(WeightsError):
+    """A weights version older than the one already loaded was offered; the worker keeps the newer one."""
+
+
+class AlignmentError(RunError):
+    """Scores do not belong to the tokens they were asked for (ids, order or lengths differ)."""
+
+
+class WorkerLost(RunError):
+    """A rollout worker, learner or teacher process of the run died."""
+
+
+class SignalLost(RunError):
+    """Too few tokens of the step carry a teacher's score for its gradient to mean anything."""
+
+
+class TeacherError(PotstillError):
+    """The teacher's side of a request failed."""
+
+    exit_code = 3
+    category = "teacher"
+
+
+class TeacherRefused(TeacherError):
+    """The teacher understood the request and refused it (4xx). Mend the request; do not retry it."""
+
+
+class TeacherUnavailable(TeacherError):
+    """The teacher is away, overloaded or too slow. Retrying later may help."""
+
+
+class ServiceError(PotstillError):
+    """The control plane refused a request. args: message, HTTP status, machine-readable code."""
+
+    exit_code = 4
+
+    @property
+    def status(self) -> int | None:
+        return self.args[1] if len(self.args) > 1 else None
+
+    @property
+    def code(self) -> str | None:
+        return self.args[2] if len(self.args) > 2 else None
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

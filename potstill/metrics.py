@@ -1,0 +1,78 @@
+"""Every name that a step writes to metrics.jsonl, with unit and meaning: one table for display, report and docs.
+
+It refuses to invent numbers: what is absent, null or not finite is None here, and a person reads that it is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "not measured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One number of a step. Example: METRICS["accuracy"].show(0.612) == "61.2%"."""
+
+    name: str
+    unit: str  # empty for counts of nothing in particular, ratios and percentages
+    phrase: str
+    format: str  # a Python format specification
+
+    def show(self, value: float | None, *, missing: str = MISSING) -> str:
+        """The number as people read it, without its unit; `missing` when there is none."""
+        return missing if value is None else format(value, self.format)
+
+    def show_with_unit(self, value: float | None, *, missing: str = MISSING) -> str:
+        if value is None:
+            return missing
+        return f"{self.show(value)} {self.unit}".rstrip()
+
+
+def number(record: Mapping[str, Any], name: str) -> float | None:
+    """record[name] as a finite float; None when it is absent, null, NaN, infinite or not a number."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _row(name: str, unit: str, phrase: str, format: str) -> Metric:
+    return Metric(name=name, unit=unit, phrase=phrase, format=format)
+
+
+_SECONDS = ",.2f"
+_TABLE = (
+    _row("step", "", "optimizer step, counted from 1", ",.0f"),
+    _row("loss", "nats", "the objective, as the method defines it", ".4f"),
+    _row("reverse_kl", "nats/token", "KL(student ‖ teacher), mean over loss tokens", ".3f"),
+    _row("accuracy", "", "mean verifier score of the step's own rollouts", ".1%"),
+    _row("entropy", "nats/token", "entropy of the student's next-token distribution", ".3f"),
+    _row("captured_mass", "", "student's probability inside the objective's top-k", ".1%"),
+    _row("completion_tokens", "tokens", "mean length of a completion", ",.1f"),
+    _row("truncated_fraction", "", "completions cut at the length limit", ".1%"),
+    _row("unscored_fraction", "", "loss tokens that the teacher could not score", ".1%"),
+    _row("grad_norm", "", "global gradient norm before clipping", ".3g"),
+    _row("lr", "", "learning rate of the step", ".2e"),
+    _row("ratio_mean", "", "mean importance ratio, student now / student at sampling", ".3f"),
+    _row("staleness_mean", "versions", "mean age of a rollout when it is trained on", ".1f"),
+    _row("staleness_max", "versions", "largest age of a rollout when it is trained on", ",.0f"),
+    _row("queue", "rollouts", "scored rollouts waiting to be trained on", ",.0f"),
+    _row("tokens_trained", "tokens", "loss tokens trained on since the run began", ",.0f"),
+    _row("tokens_per_second", "tokens/s", "loss tokens trained per second", ",.0f"),
+    _row("seconds_total", "s", "wall time since the run began", _SECONDS),
+    _row(
+        "seconds_generate",
+        "s",
+        "waiting for completions and their scores",
+        _SECONDS,
+    ),
+    _row("seconds_train", "s", "forward, backward and optimizer", _SECONDS),
+    _row("seconds_weights", "s", "publishing new weights to the rollout workers", _SECONDS),
+    _row("seconds_step", "s", "the whole step", _SECONDS),
+    _row("weights_version", "", "version of the student that the step made", ",.0f"),
+)
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}

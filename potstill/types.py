@@ -1,0 +1,209 @@
+"""What travels between rooms: one type per hop, in the order of the flow.
+
+    Prompt → Rollout → ScoredRollout → (Receipt) → StepBatch → StepReport → WeightsVersion
+
+Legend for shapes: P prompt tokens, T completion tokens, K entries of a top-k, C tokens of the teacher's own context.
+Arrays are numpy, contiguous and read-only by convention: Ray hands them out as views of shared memory.
+A missing number is NaN; nothing here has a default that could pass for a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # the student wrote its end token; it is the last id of the completion
+    LENGTH = "length"  # max_new_tokens was reached; no end token was seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message. Example: Message(role="user", content="12 + 9 = ?")."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Hop 1, made by orchestrator/prompts.py. A question, and what only graders and teachers may know about it.
+
+    Example:
+        Prompt(id="train-7", index=7, messages=(Message(role="user", content="12 + 9 = ?"),), domain="arithmetic",
+               answer="21", solution="2+9=11 carry 1\\n1+0+1=2\\nAnswer: 21", info={"source_index": 7})
+    """
+
+    id: str
+    index: int  # position in the seeded stream; a run's prompt cursor is the next index
+    messages: tuple[Message, ...]
+    domain: str
+    answer: str | None  # final answer; for the verifier and for a privileged teacher, never for the student
+    solution: str | None  # reference completion with its written steps, for supervised runs
+    info: Mapping[str, Any] = field(default_factory=dict)  # what the verifier wants back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Hop 2, made by rollout_worker. One completion, exactly as it was sampled.
+
+    Example, for a completion of T=3 tokens whose last id is the end token:
+        completion_ids   [50, 49, 2]
+        loss_mask        [True, True, True]       False: written by an environment or a template, never trained on
+        student_logprobs [-0.1, -0.7, -0.02]      under the distribution really sampled from; NaN if not sampled by it
+        weight_versions  [4, 4, 4]                the student that wrote each token; -1: not written by the student
+        support_ids      [[50, 53], ...]          T×K, the student's own top-k at each position, sorted by probability
+    """
+
+    id: str
+    prompt_id: str
+    index: int
+    domain: str
+    prompt_ids: IntArray  # [P]
+    completion_ids: IntArray  # [T], T >= 1
+    loss_mask: BoolArray  # [T]
+    student_logprobs: FloatArray  # [T]
+    weight_versions: IntArray  # [T]
+    finish_reason: FinishReason
+    temperature: float  # at which the completion was sampled; 0.0 is greedy
+    reward: float  # the verifier's score in [0, 1]; NaN when there is no verifier
+    teacher_context_ids: IntArray | None  # [C] what the teacher reads instead of prompt_ids; None: the same prompt
+    support_ids: IntArray | None = None  # [T, K]
+    support_logprobs: FloatArray | None = None  # [T, K] student's log-probs of support_ids at sampling time
+
+    def __post_init__(self) -> None:
+        length = len(self.completion_ids)
+        if length == 0 or len(self.prompt_ids) == 0:
+            raise ValueError(f"rollout {self.id}: prompt_ids and completion_ids must not be empty")
+        for name in ("loss_mask", "student_logprobs", "weight_versions", "support_ids", "support_logprobs"):
+            value = getattr(self, name)
+            if value is not None and len(value) != length:
+                raise ValueError(f"rollout {self.id}: {name} has {len(value)} rows, completion_ids has {length}")
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherIdentity:
+    """Who scored. Two scores may be mixed, cached or failed over only when their identities are equal."""
+
+    name: str
+    revision: str
+    tokenizer_fingerprint: str
+
+
+class ScoreStatus:
+    """Per-item status on the wire (u8). Anything but OK means that every number of the item is NaN."""
+
+    OK = 0
+    FAILED = 1
+    DEADLINE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherScores:
+    """The teacher's log-probs (natural log, float32, temperature 1) for exactly the T tokens of one completion.
+
+    Position t is scored after the teacher's context and completion tokens < t. Fields not asked for are None.
+    Example with K=2: topk_ids [[50, 53], ...], topk_logprobs [[-0.05, -3.2], ...], topk_tail [-4.6, ...]
+    where topk_tail is the log of the probability left outside the K entries (-inf when nothing is left).
+    """
+
+    status: int
+    identity: TeacherIdentity
+    sampled: FloatArray  # [T] log p(completion token)
+    topk_ids: IntArray | None = None  # [T, K] the teacher's own most probable ids
+    topk_logprobs: FloatArray | None = None  # [T, K]
+    topk_tail: FloatArray | None = None  # [T]
+    ids_logprobs: FloatArray | None = None  # [T, K] log p of the ids that the caller chose
+    ids_tail: FloatArray | None = None  # [T] log of the teacher's mass outside the caller's ids
+    entropy: FloatArray | None = None  # [T] nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """Hop 3. A rollout and its teacher's scores; `scores` is None where the learner itself is the teacher."""
+
+    rollout: Rollout
+    scores: TeacherScores | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What the loop sees of a scored rollout: a slip of a few hundred bytes. The arrays stay in the object store.
+
+    `bundle` is a reference to a list[ScoredRollout]; this one is at `position` in it.
+    """
+
+    rollout_id: str
+    prompt_id: str
+    index: int
+    domain: str
+    oldest_version: int
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_loss_tokens: int
+    num_unscored_tokens: int
+    finish_reason: FinishReason
+    reward: float
+    generate_s: float  # this rollout's share of the time that its worker's call spent writing
+    score_s: float  # and waiting for the teacher
+    bundle: Any  # ray.ObjectRef in a run; tests use the list itself
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """Hop 4, made by orchestrator/buffer.py. References, and the one denominator that everybody uses.
+
+    Example: step 3 with two rollouts of 5 and 7 trainable tokens has num_loss_tokens = 12 and num_sequences = 2.
+    """
+
+    step: int  # the optimizer step that this batch makes, counted from 1
+    receipts: tuple[Receipt, ...]
+    num_loss_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Hop 5, made by the learner after the optimizer moved."""
+
+    step: int
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]  # stage → wall seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor in a weights payload: where it lies in the flat buffer."""
+
+    name: str
+    dtype: str  # torch's name without the prefix, e.g. "float32"
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsVersion:
+    """Hop 6, made by learner/publish.py. Version 0 is the student as the run found it; step n makes version n."""
+
+    version: int
+    sha256: str  # of the whole payload
+    tensors: Sequence[TensorEntry]
+    payload: Any  # reference to one flat uint8 array in the object store

@@ -1,0 +1,170 @@
+"""The rollout worker as a Ray actor: opens engines, loads weights by version, hands out receipts.
+
+Scored rollouts go into the object store here, one object per call; only their receipts travel to the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+
+from potstill.config import RunConfig, ServerTeacher
+from potstill.environments import open_environment
+from potstill.errors import TokenizerMismatch
+from potstill.teacher_client import TeacherClient
+from potstill.tokenization import fingerprint, load_tokenizer
+from potstill.types import Prompt, Receipt, ScoredRollout, ScoreStatus, TeacherIdentity, WeightsVersion
+from rollout_worker.collect import Collected, Collector, Verdicts
+from rollout_worker.engine import RolloutEngine, build_engine
+
+
+class RolloutWorker:
+    """Serves one run at a time; `open` starts another run in the same process."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._engines: list[RolloutEngine] = []
+        self._teacher: TeacherClient | None = None
+
+    async def open(
+        self, config: RunConfig, max_model_len: int, teacher: tuple[str, str | None, TeacherIdentity] | None
+    ) -> None:
+        """Load what the run needs. `teacher` is url, key and identity of the server that scores, where one does."""
+        await self.close()
+        url, key, identity = teacher or (None, None, None)
+        if url is not None and isinstance(config.teacher, ServerTeacher):
+            self._teacher = TeacherClient(
+                url, key=key, deadline_s=config.teacher.deadline_s, concurrency=config.teacher.concurrency
+            )
+        self._tokenizer = load_tokenizer(config.student.model)
+        if identity is not None and identity.tokenizer_fingerprint != fingerprint(self._tokenizer):
+            raise TokenizerMismatch(
+                f"teacher {identity.name!r} reads other tokens than student {config.student.model!r}: "
+                "their tokenizers differ, so its scores would be of other text"
+            )
+        student = self._student = self._engine(config, config.student.model, max_model_len)
+        self._collector = Collector(
+            config,
+            student=student,
+            writer=self._writer(config, student, max_model_len),
+            tokenizer=self._tokenizer,
+            environment=open_environment(config.data),
+            teacher=self._teacher,
+            identity=identity,
+        )
+
+    async def rollout(self, prompts: Sequence[Prompt]) -> list[list[Receipt]]:
+        """Write, judge and score the prompts. Receipts by prompt, in order."""
+        collected = await self._collector.collect(prompts)
+        bundle = ray.put(list(collected.scored))
+        receipts: dict[str, list[Receipt]] = {prompt.id: [] for prompt in prompts}
+        for position, scored in enumerate(collected.scored):
+            receipts[scored.rollout.prompt_id].append(_receipt(collected, position, bundle))
+        return [receipts[prompt.id] for prompt in prompts]
+
+    async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "writer"]) -> Verdicts:
+        return await self._collector.evaluate(prompts, who)
+
+    async def load_weights(self, version: WeightsVersion) -> int:
+        """Fetch, check and swap. Raises StaleWeights for an older version, WeightsError for a damaged one."""
+        payload: np.ndarray = await version.payload
+        await self._student.load_weights(version, payload)
+        return self._student.version
+
+    def describe(self, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
+        """The rollouts behind the receipts as text, token by token, for people to look at."""
+        return [self._described(ray.get(receipt.bundle)[receipt.position]) for receipt in receipts]
+
+    async def close(self) -> None:
+        for engine in self._engines:
+            await engine.close()
+        self._engines.clear()
+        if self._teacher is not None:
+            await self._teacher.aclose()
+            self._teacher = None
+
+    def _engine(self, config: RunConfig, model: str, max_model_len: int) -> RolloutEngine:
+        engine = build_engine(
+            config.rollout.engine,
+            model=Path(model),
+            dtype=config.student.dtype,
+            stop_token_id=self._tokenizer.eos_token_id,
+            version=0,
+            threads=self._threads,
+            max_model_len=max_model_len,
+        )
+        self._engines.append(engine)
+        return engine
+
+    def _writer(self, config: RunConfig, student: RolloutEngine, max_model_len: int) -> RolloutEngine | None:
+        if config.rollout.source == "reference":
+            return None
+        if config.rollout.source == "student":
+            return student
+        named = config.teacher.model if isinstance(config.teacher, ServerTeacher) else None
+        return self._engine(config, named or config.student.model, max_model_len)
+
+    def _described(self, scored: ScoredRollout) -> dict[str, Any]:
+        rollout, scores = scored.rollout, scored.scores
+        teacher = scores.sampled if scores is not None else np.full(len(rollout.completion_ids), math.nan)
+        columns = zip(
+            rollout.completion_ids.tolist(),
+            rollout.student_logprobs.tolist(),
+            teacher.tolist(),
+            rollout.weight_versions.tolist(),
+            rollout.loss_mask.tolist(),
+            strict=True,
+        )
+        return {
+            "prompt_id": rollout.prompt_id,
+            "prompt": self._tokenizer.decode(rollout.prompt_ids.tolist()),
+            "reward": rollout.reward,
+            "finish_reason": rollout.finish_reason.value,
+            "tokens": [
+                {
+                    "text": self._tokenizer.decode([token]),
+                    "id": token,
+                    "student_logprob": student,
+                    "teacher_logprob": teacher,
+                    "version": version,
+                    "trained": trained,
+                }
+                for token, student, teacher, version, trained in columns
+            ],
+        }
+
+
+def _receipt(collected: Collected, position: int, bundle: Any) -> Receipt:
+    scored = collected.scored[position]
+    rollout = scored.rollout
+    return Receipt(
+        rollout_id=rollout.id,
+        prompt_id=rollout.prompt_id,
+        index=rollout.index,
+        domain=rollout.domain,
+        oldest_version=int(rollout.weight_versions.min()),
+        num_prompt_tokens=len(rollout.prompt_ids),
+        num_completion_tokens=len(rollout.completion_ids),
+        num_loss_tokens=rollout.num_loss_tokens,
+        num_unscored_tokens=_num_unscored(scored),
+        finish_reason=rollout.finish_reason,
+        reward=rollout.reward,
+        generate_s=collected.generate_s / len(collected.scored),
+        score_s=collected.score_s / len(collected.scored),
+        bundle=bundle,
+        position=position,
+    )
+
+
+def _num_unscored(scored: ScoredRollout) -> int:
+    rollout, scores = scored.rollout, scored.scores
+    if scores is None:
+        return 0
+    if scores.status != ScoreStatus.OK:
+        return rollout.num_loss_tokens
+    return int((rollout.loss_mask & ~np.isfinite(scores.sampled)).sum())

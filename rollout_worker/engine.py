@@ -1,0 +1,160 @@
+"""The seam behind which the student writes: what goes in, what comes out, and what both engines promise.
+
+No engine is imported here until `build_engine` is asked for one. Engines know nothing of prompts as text, teachers,
+rewards or runs: token ids and a seed go in, token ids and their log-probs come out.
+
+What both promise:
+  * a completion has at least one token, ends at the stop token or at `max_new_tokens`, and keeps the stop token;
+  * log-probs belong to the distribution that was really sampled from; missing ones are NaN;
+  * every token knows the weights version that wrote it;
+  * weights are checked whole before the first of them is touched: refused weights leave the old ones serving.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.config import SamplingConfig
+from potstill.errors import ConfigError
+from potstill.tokenization import check_model_folder
+from potstill.types import FinishReason, FloatArray, IntArray, WeightsVersion
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin slow every other process on shared cores
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+COOLEST = 0.01  # below it, and above 0, vLLM samples at 0.01 instead and logits / temperature may overflow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One completion to write.
+
+    Example: GenerationRequest(id="train-7.0", prompt_ids=np.array([5, 9, 31], np.int32), seed=1234)
+    The seed decides the completion at temperature > 0, together with the weights; 0 <= seed < 2**63.
+    """
+
+    id: str
+    prompt_ids: IntArray  # [P], P >= 1
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """T tokens exactly as sampled, T >= 1.
+
+    Example: token_ids [50, 49, 2], logprobs [-0.1, -0.7, -0.02], weight_versions [4, 4, 5], finish_reason STOP
+    """
+
+    token_ids: IntArray  # [T] ends with the stop token when finish_reason is STOP
+    logprobs: FloatArray  # [T] under the distribution sampled from; NaN when greedy or not asked for
+    support_ids: IntArray | None  # [T, K] the most probable ids, most probable first
+    support_logprobs: FloatArray | None  # [T, K] of the student itself: temperature 1, nothing cut off
+    weight_versions: IntArray  # [T]
+    finish_reason: FinishReason
+
+
+class RolloutEngine(Protocol):
+    """A student that writes. Not shared between event loops."""
+
+    @property
+    def version(self) -> int:
+        """The weights version that the next token will come from."""
+        ...
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingConfig, *, want_logprobs: bool, support_k: int
+    ) -> list[Completion]:
+        """Write one completion per request, in the requests' order. `support_k` 0: no support.
+
+        Raises ConfigError for a request that cannot be written, NonFinite when the student's own numbers are NaN or
+        infinite, WorkerLost when the engine is dead.
+        """
+        ...
+
+    async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> None:
+        """Swap to a later version, whole or not at all.
+
+        Raises StaleWeights for a version not later than the one loaded, WeightsError for damaged or foreign tensors.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free the engine. Later calls raise WorkerLost."""
+        ...
+
+
+def build_engine(
+    name: str,
+    *,
+    model: Path,
+    dtype: Literal["float32", "bfloat16"],
+    stop_token_id: int,
+    version: int,
+    threads: int,
+    max_model_len: int,
+) -> RolloutEngine:
+    """Load `model` as weights version `version`, held as `dtype`, into the engine of that name.
+
+    `stop_token_id` is the tokenizer's; the model's generation_config.json is never read.
+    Sets ENVIRONMENT for this process. The OMP settings bind only where torch has not been imported before.
+    Raises ConfigError for an unknown name, a folder that is no model, and more positions than the model has.
+    """
+    check_model_folder(model)
+    positions = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    if positions is not None and max_model_len > positions:
+        raise ConfigError(f"{model}: knows {positions} positions; prompts and new tokens may need {max_model_len}")
+    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(threads))
+    if name == "transformers":
+        from rollout_worker.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            model=model, dtype=dtype, stop_token_id=stop_token_id, version=version, threads=threads,
+            max_model_len=max_model_len,
+        )  # fmt: skip
+    if name == "vllm":
+        from rollout_worker.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model=model, dtype=dtype, stop_token_id=stop_token_id, version=version, threads=threads,
+            max_model_len=max_model_len,
+        )  # fmt: skip
+    raise ConfigError(f'rollout.engine {name!r} is not known: write "transformers" or "vllm"')
+
+
+def check_requests(
+    requests: Sequence[GenerationRequest],
+    sampling: SamplingConfig,
+    *,
+    support_k: int,
+    vocab_size: int,
+    max_model_len: int,
+) -> None:
+    """Raise ConfigError for what either engine would refuse, cut short or silently change."""
+    if 0 < sampling.temperature < COOLEST:
+        raise ConfigError(f"rollout.sampling.temperature is {sampling.temperature}: write 0 (greedy) or >= {COOLEST}")
+    if not 0 <= support_k <= vocab_size:
+        raise ConfigError(f"objective.k is {support_k}, the student's vocabulary has {vocab_size} entries")
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ConfigError(f"request {request.id}: the prompt is empty")
+        if length + sampling.max_new_tokens > max_model_len:
+            raise ConfigError(
+                f"request {request.id}: {length} prompt tokens and rollout.sampling.max_new_tokens "
+                f"{sampling.max_new_tokens} exceed the {max_model_len} positions of the engine"
+            )
+        if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= vocab_size:
+            raise ConfigError(f"request {request.id}: a prompt id lies outside the vocabulary of {vocab_size}")
+        if not 0 <= request.seed < 2**63:
+            raise ConfigError(f"request {request.id}: seed {request.seed} is not in [0, 2**63)")

@@ -1,0 +1,267 @@
+"""The engine for everything larger: vLLM, built and stepped by one thread of this process.
+
+    event loop                          stepping thread
+    generate ──► inbox ──► between two steps: add a request, swap the weights, abort, stop
+       ▲                   step ──► finished outputs
+       └────────── futures ◄──────────────┘
+
+Requests join at any time. Weights are swapped between two steps, with requests in flight: their keys and values are
+computed anew by the new weights, and every token keeps the version that wrote it. A dead engine is not revived: all
+that waits for it gets WorkerLost. No sampling parameter is left to the model's generation_config.json.
+Several engines of one process take turns; close them together, because vLLM's own shutdown is the process's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from potstill.config import SamplingConfig
+from potstill.errors import ConfigError, NonFinite, WeightsError, WorkerLost
+from potstill.types import FinishReason, WeightsVersion
+from potstill.weights import Array, check_fits, check_newer, shapes_in, unpack
+from rollout_worker.engine import Completion, GenerationRequest, check_requests
+from rollout_worker.sampling import vllm_arguments
+from rollout_worker.tensors import as_tensor
+from rollout_worker.vllm_sampler import StudentSampler
+
+CACHE_BYTES = 1 << 29  # of keys and values; vLLM otherwise takes a large part of the machine's memory
+MAX_SEQUENCES = 256  # written side by side; more wait their turn
+BATCHED_TOKENS = 8192  # of one step; raised where one whole text needs more, because none is prefilled in parts
+
+# vLLM's kernels share scratch memory within a process: two engines stepping at once corrupt each other's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class VllmEngine:
+    """RolloutEngine over vLLM's LLMEngine."""
+
+    def __init__(
+        self, *, model: Path, dtype: str, stop_token_id: int, version: int, threads: int, max_model_len: int
+    ) -> None:
+        self._shapes = shapes_in(model)
+        self._dtype = dtype
+        self._stop_token_id = stop_token_id
+        self._version = version
+        self._max_model_len = max_model_len
+        self._names = itertools.count()
+        self._waiting: dict[str, Future[CompletionOutput]] = {}
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # nothing enters the inbox once `_stopped` says why
+        self._stopped: str | None = None
+        self._swapping = asyncio.Lock()
+        started: Future[LLMEngine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started, model, threads), name="vllm", daemon=True)
+        self._thread.start()
+        self._engine = started.result()
+        self._vocab_size = self._engine.model_config.get_vocab_size()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingConfig, *, want_logprobs: bool, support_k: int
+    ) -> list[Completion]:
+        check_requests(
+            requests, sampling, support_k=support_k, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+        )
+        outputs = await asyncio.gather(
+            *(self._write(request, sampling, want_logprobs, support_k) for request in requests)
+        )
+        has_logprobs = want_logprobs and sampling.temperature > 0
+        return [_completion(output, has_logprobs, support_k) for output in outputs]
+
+    async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> None:
+        async with self._swapping:
+            check_newer(self._version, version.version)
+            check_fits(version, self._shapes, self._dtype)
+            tensors = await asyncio.to_thread(unpack, version, payload)
+            await self._between_steps(lambda: self._swap(version.version, tensors))
+
+    async def close(self) -> None:
+        if self._stopped is None:
+            await self._between_steps(lambda: self._stop("the engine is closed"))
+        await asyncio.to_thread(self._thread.join)
+
+    async def _write(
+        self, request: GenerationRequest, sampling: SamplingConfig, want_logprobs: bool, support_k: int
+    ) -> CompletionOutput:
+        arguments = vllm_arguments(
+            sampling,
+            seed=request.seed,
+            stop_token_id=self._stop_token_id,
+            want_logprobs=want_logprobs,
+            support_k=support_k,
+        )
+        params = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
+        name = str(next(self._names))
+        finished: Future[CompletionOutput] = Future()
+        finished.set_running_or_notify_cancel()  # from here on only the stepping thread ends it
+        try:
+            await self._between_steps(lambda: self._add(name, request, params, finished))
+            return await asyncio.wrap_future(finished)
+        except asyncio.CancelledError:
+            await self._between_steps(lambda: self._abort(name))
+            raise
+
+    async def _between_steps(self, work: Callable[[], None]) -> None:
+        """Run `work` on the stepping thread, which alone touches the engine, and wait until it has run."""
+        done: Future[None] = Future()
+        with self._gate:
+            if self._stopped is not None:
+                raise WorkerLost(self._stopped)
+            self._inbox.put((work, done))
+        await asyncio.wrap_future(done)
+
+    # Everything below runs on the stepping thread.
+
+    def _run(self, started: Future[LLMEngine], model: Path, threads: int) -> None:
+        try:
+            torch.set_num_threads(threads)  # counted per calling thread
+            with _ONE_AT_A_TIME:
+                engine = _start(model, self._dtype, self._max_model_len)
+        except BaseException as error:
+            started.set_exception(error)  # raised where the engine is being built
+            return
+        engine.set_weight_version(str(self._version))
+        started.set_result(engine)
+        try:
+            while self._stopped is None:
+                if not engine.has_unfinished_requests() or not self._inbox.empty():
+                    self._serve(*self._inbox.get())
+                    continue
+                with _ONE_AT_A_TIME:
+                    outputs = engine.step()
+                for output in outputs:
+                    self._finish(output)
+        except BaseException as error:
+            self._stop(f"the vLLM engine died: {type(error).__name__}")
+            raise
+        finally:
+            engine.engine_core.shutdown()
+
+    def _serve(self, work: Callable[[], None], done: Future[None]) -> None:
+        """Do one thing from the inbox, unless whoever asked has gone. What fails here leaves a broken engine."""
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            with _ONE_AT_A_TIME:
+                work()
+        except BaseException as error:
+            done.set_exception(WorkerLost(f"the vLLM engine died: {type(error).__name__}"))
+            raise
+        done.set_result(None)
+
+    def _add(
+        self, name: str, request: GenerationRequest, params: SamplingParams, finished: Future[CompletionOutput]
+    ) -> None:
+        try:
+            self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), params)
+        except VLLMValidationError as error:
+            finished.set_exception(ConfigError(f"request {request.id}: vLLM refuses it: {error}"))
+        else:
+            self._waiting[name] = finished
+
+    def _abort(self, name: str) -> None:
+        if self._waiting.pop(name, None) is not None:
+            self._engine.abort_request([name])
+
+    def _finish(self, output: RequestOutput) -> None:
+        if output.finished:
+            self._waiting.pop(output.request_id).set_result(output.outputs[0])
+
+    def _swap(self, version: int, tensors: dict[str, Array]) -> None:
+        weights = ((name, as_tensor(array)) for name, array in tensors.items())
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._engine.apply_model(_repack_head)
+        # Cached keys and values are the old weights': what is in flight is read again from its first token.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise WeightsError(f"weights version {version}: vLLM kept keys and values of the old weights")
+        self._engine.set_weight_version(str(version))
+        self._version = version
+
+    def _stop(self, reason: str) -> None:
+        """Take no more work, and tell everybody who waits."""
+        with self._gate:
+            self._stopped = self._stopped or reason
+        for finished in self._waiting.values():
+            finished.set_exception(WorkerLost(reason))
+        self._waiting.clear()
+        while not self._inbox.empty():
+            _, done = self._inbox.get()
+            if done.set_running_or_notify_cancel():
+                done.set_exception(WorkerLost(reason))
+
+
+def _start(model: Path, dtype: str, max_model_len: int) -> LLMEngine:
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(model),
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            seed=0,  # every request that samples brings its own
+            max_model_len=max_model_len,
+            max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=max(BATCHED_TOKENS, max_model_len),
+            enable_chunked_prefill=False,  # a seeded request that is prefilled in parts kills vLLM on a CPU
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=CACHE_BYTES,
+            enforce_eager=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            max_logprobs=-1,
+            disable_log_stats=True,
+        )
+    )
+    engine.model_executor.driver_worker.model_runner.sampler = StudentSampler()
+    return engine
+
+
+def _repack_head(model: Any) -> None:
+    """Reloading leaves the packed copy of a head that is tied to the embedding as it was: pack it again."""
+    head = model.lm_head
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _completion(output: CompletionOutput, has_logprobs: bool, support_k: int) -> Completion:
+    length = len(output.token_ids)
+    versions = np.full(length, -1, np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = int(span.version)
+    logprobs = np.full(length, np.nan, np.float32)
+    support_ids = support_logprobs = None
+    if output.logprobs is not None:  # per position: the sampled token, then the support
+        entries = np.asarray(output.logprobs.logprobs, np.float32).reshape(length, 1 + support_k)
+        if not np.isfinite(entries[:, 0]).all():
+            raise NonFinite("the student's logits are NaN or infinite: its weights are not usable")
+        if has_logprobs:
+            logprobs = entries[:, 0].copy()
+        if support_k:
+            ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(length, 1 + support_k)
+            support_ids, support_logprobs = ids[:, 1:].copy(), entries[:, 1:].copy()
+    return Completion(
+        token_ids=np.asarray(output.token_ids, np.int32),
+        logprobs=logprobs,
+        support_ids=support_ids,
+        support_logprobs=support_logprobs,
+        weight_versions=versions,
+        finish_reason=FinishReason(output.finish_reason),
+    )

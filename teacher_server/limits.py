@@ -1,0 +1,70 @@
+"""What this server takes: its limits, and how it says no.
+
+A Refusal is the one way to answer anything but 200. Its message is written here, for the client: it never carries the
+text of another exception, a path, or any part of a privileged context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from potstill.errors import ConfigError, PotstillError
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    412: "conflict_error",
+    422: "conflict_error",
+    500: "internal_error",
+    503: "overloaded_error",
+    504: "overloaded_error",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Upper bounds of one request, and of all requests together. Raises ConfigError when they cannot hold together."""
+
+    max_items: int = 256
+    max_tokens: int = 262_144  # of one request, contexts included
+    max_top_k: int = 128  # also of ids per position that a caller chooses
+    max_body_bytes: int = 64 * 2**20
+    max_deadline_s: float = 600.0  # after which a request is given up whatever its client says
+    queue_tokens: int = 524_288  # waiting and being scored, over all requests
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.queue_tokens < self.max_tokens:
+            raise ConfigError(
+                f"queue_tokens ({self.queue_tokens}) is below max_tokens ({self.max_tokens}): "
+                "the largest request allowed would never be admitted"
+            )
+
+
+class Refusal(PotstillError):
+    """An answer other than 200. args: HTTP status, code, message, param, seconds after which to try again."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(status, code, message, param, retry_after_s)
+        self.status, self.code, self.message, self.param, self.retry_after_s = self.args
+
+    @property
+    def retryable(self) -> bool:
+        return self.retry_after_s is not None
+
+    def envelope(self, request_id: str) -> dict[str, dict[str, str | bool | None]]:
+        """OpenAI's error object, with the request's id and whether the same request may succeed later."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "code": self.code,
+                "param": self.param,
+                "request_id": request_id,
+                "retryable": self.retryable,
+            }
+        }

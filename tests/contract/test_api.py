@@ -1,0 +1,315 @@
+"""The service over HTTP: the real app under uvicorn, a real SQLite file, and runs that are real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orchestrator.gate import MAX_BODY_BYTES
+from potstill.config import load, parse
+from potstill.errors import ServiceError
+from tests.launchers import AwayLauncher, ProcessLauncher
+from tests.service_configs import submitted
+from tests.services import RUN, Service, serving, until
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service")
+    with serving(folder, lambda url: ProcessLauncher(folder / "jobs", RUN, url)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose cluster is away: nothing is launched, so that a test can speak in a run's place."""
+    with serving(tmp_path_factory.mktemp("lonely"), lambda _url: AwayLauncher()) as running:
+        yield running
+
+
+def without_streams(app: ASGIApp) -> ASGIApp:
+    """What stands before a service whose clients get pages only: a proxy that forgets the Accept header."""
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope.get("headers", []) if name != b"accept"]
+        await app(dict(scope) | {"headers": headers}, receive, send)
+
+    return proxy
+
+
+def error_of(response: httpx2.Response) -> dict[str, Any]:
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "code", "param", "details", "retryable", "request_id"}
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+# Who may ask
+
+
+def test_every_v1_route_without_a_key_is_401(service: Service):
+    paths = service.http.get("/openapi.json").json()["paths"]
+    asked = [(method, path) for path in paths for method in paths[path] if path.startswith("/v1")]
+    assert len(asked) == 6
+    for headers in ({}, {"Authorization": "Bearer ps_000000000000_x"}, {"Authorization": f"Basic {service.key}"}):
+        with httpx2.Client(base_url=service.url, headers=headers, trust_env=False) as stranger:
+            for method, path in asked:
+                sent = (
+                    {"content": b"{broken", "headers": {"content-type": "application/json"}} if method == "post" else {}
+                )
+                response = stranger.request(method, path.replace("{run_id}", "one"), **sent)
+                assert (response.status_code, error_of(response)["type"]) == (401, "authentication_error"), path
+
+
+def test_probes_and_version_need_no_key(service: Service):
+    with httpx2.Client(base_url=service.url, trust_env=False) as stranger:
+        until(lambda: stranger.get("/readyz").status_code == 200)
+        assert stranger.get("/livez").json() == {"status": "ok"}
+        assert stranger.get("/version").json()["version"]
+
+
+def test_only_the_run_itself_may_report(lonely: Service):
+    for name in ("mine", "other"):
+        lonely.http.post("/v1/runs", json=submitted(name=name))
+    token, other = lonely.store.mint_token("mine"), lonely.store.mint_token("other")
+    for secret, status in ((lonely.key, 401), (other, 401), (token, 200)):
+        headers = {"Authorization": f"Bearer {secret}"}
+        assert lonely.http.post("/v1/runs/mine/events", json={}, headers=headers).status_code == status
+    assert lonely.http.get("/v1/runs", headers={"Authorization": f"Bearer {token}"}).status_code == 401
+
+
+def test_while_the_cluster_is_away_runs_are_kept_and_readiness_says_so(lonely: Service):
+    assert lonely.http.post("/v1/runs", json=submitted(name="patient")).status_code == 201
+    ready = lonely.http.get("/readyz")
+    assert (ready.status_code, error_of(ready)["code"]) == (503, "cluster_unavailable")
+    assert int(ready.headers["retry-after"]) > 0
+    assert lonely.http.get("/v1/runs/patient").json()["status"] == "queued"
+
+
+# What is refused
+
+
+def test_a_wrong_config_is_a_400_with_every_line_and_the_key_of_the_first(service: Service):
+    body = submitted() | {"optim": {"lr": 1e-4, "weight_dekay": 1}, "loop": {"steps": -1}}
+    error = error_of(service.http.post("/v1/runs", json=body))
+    assert (error["code"], error["param"]) == ("invalid_config", "/optim/weight_dekay")
+    assert "did you mean 'weight_decay'" in error["message"]
+    assert [detail["loc"] for detail in error["details"]] == ["/optim/weight_dekay", "/loop/steps"]
+
+
+def test_the_folder_of_runs_is_not_the_clients_to_choose(service: Service):
+    error = error_of(service.http.post("/v1/runs", json=submitted() | {"runs": "/etc"}))
+    assert (error["code"], error["param"]) == ("invalid_config", "/runs")
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"a": NaN}', b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_a_400(service: Service, body: bytes):
+    response = service.http.post("/v1/runs", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
+
+
+def test_a_body_that_is_too_large_is_a_413(service: Service):
+    body = b'{"a": "' + b"x" * MAX_BODY_BYTES + b'"}'
+    response = service.http.post("/v1/runs", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_post_that_a_web_page_could_send_is_a_415(service: Service, kind: str):
+    response = service.http.post("/v1/runs", content=b"{}", headers={"content-type": kind})
+    assert (response.status_code, error_of(response)["code"]) == (415, "content_type")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example", 400), ("127.0.0.1.evil.example:80", 400), ("", 400), ("localhost:1", 200), ("[::1]:9", 200)],
+)
+def test_only_listed_hosts_are_answered(service: Service, host: str, status: int):
+    assert service.http.get("/v1/runs", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/runs/nobody", 404, "run_not_found"),
+        ("GET", "/v1/runs/nobody/events", 404, "run_not_found"),
+        ("DELETE", "/v1/runs", 405, "method_not_allowed"),
+        ("GET", "/v1/runs?limit=0", 400, "invalid_request"),
+        ("GET", "/v1/runs?after=nobody", 400, "bad_cursor"),
+        ("GET", "/v1/runs/nobody/events?after=-1", 400, "invalid_request"),
+        ("GET", "/boom", 500, "internal"),
+    ],
+)
+def test_every_refusal_has_the_same_shape_and_tells_nothing_of_the_inside(
+    service: Service, method: str, path: str, status: int, code: str
+):
+    response = service.http.request(method, path, headers={"x-request-id": "mine-1"})
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["request_id"]) == (status, code, "mine-1")
+    assert "secret" not in response.text
+    assert "Error" not in error["message"]
+
+
+# The life of a run
+
+
+def test_a_submitted_run_succeeds_and_its_events_are_gap_free(service: Service):
+    response = service.http.post("/v1/runs", json=submitted(name="good"))
+    assert (response.status_code, response.headers["location"]) == (201, "/v1/runs/good")
+    with service.client() as client:
+        run = client.wait("good", poll_s=0.05)
+        events = list(client.events("good"))
+    assert (run["status"], run["error"]) == ("succeeded", None)
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    statuses = [event["data"]["status"] for event in events if event["type"] == "run.status"]
+    assert statuses == ["queued", "starting", "running", "succeeded"]
+    assert [event["data"]["step"] for event in events if event["type"] == "step.finished"] == [1, 2, 3]
+    assert [event["data"]["loss"] for event in events if event["type"] == "metrics"] == [1.0, 0.5, 1 / 3]
+
+
+def test_the_job_reads_the_config_that_was_submitted(service: Service):
+    service.http.post("/v1/runs", json=submitted(name="faithful"))
+    with service.client() as client:
+        client.wait("faithful", poll_s=0.05)
+    expected = parse(submitted(name="faithful") | {"runs": str(service.folder / "runs")})
+    assert load(service.folder / "runs" / "faithful" / "submitted.json") == expected
+
+
+def test_a_failure_keeps_its_type_and_category(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="bad", seed=1))
+        error = client.wait("bad", poll_s=0.05)["error"]
+    assert error == {"type": "NonFinite", "category": "system", "message": "step 3: the loss is NaN", "log_tail": None}
+
+
+def test_a_process_that_dies_without_a_word_is_a_failure_with_its_last_lines(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="dead", seed=3))
+        run = client.wait("dead", poll_s=0.05)
+    assert (run["status"], run["error"]["type"], run["error"]["category"]) == ("failed", "WorkerLost", "system")
+    assert "exit code 9" in run["error"]["message"]
+    assert "the last words of this process" in run["error"]["log_tail"]
+
+
+def test_cancelling_lets_the_run_clean_up_and_can_be_asked_twice(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="long", seed=2))
+        until(lambda: client.get_run("long")["status"] == "running")
+        first = service.http.post("/v1/runs/long/cancel", json={})
+        assert (first.status_code, first.json()["status"]) == (202, "cancelling")
+        assert client.wait("long", poll_s=0.05)["status"] == "cancelled"
+        assert "run.cleaned" in [event["type"] for event in client.events("long")]
+    assert service.http.post("/v1/runs/long/cancel", json={}).status_code == 200
+
+
+def test_a_run_that_has_ended_cannot_be_cancelled(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="over"))
+        client.wait("over", poll_s=0.05)
+        with pytest.raises(ServiceError, match="over is succeeded") as caught:
+            client.cancel_run("over")
+    assert (caught.value.status, caught.value.code) == (409, "illegal_transition")
+
+
+def test_a_name_is_taken_by_a_row_or_by_a_folder(service: Service):
+    folder = service.folder / "runs" / "made-by-hand"
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").touch()
+    service.http.post("/v1/runs", json=submitted(name="taken"))
+    for name in ("taken", "made-by-hand"):
+        response = service.http.post("/v1/runs", json=submitted(name=name))
+        assert (response.status_code, error_of(response)["code"]) == (409, "name_taken")
+        assert response.headers["x-should-retry"] == "false"
+
+
+def test_the_same_request_twice_makes_one_run(service: Service):
+    headers = {"Idempotency-Key": "k1"}
+    first = service.http.post("/v1/runs", json=submitted(name="once"), headers=headers)
+    with service.client() as client:
+        client.wait("once", poll_s=0.05)
+    second = service.http.post("/v1/runs", json=submitted(name="once"), headers=headers)
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert second.headers["idempotent-replayed"] == "true"
+    assert first.json()["submission_id"] == second.json()["submission_id"]
+    other = service.http.post("/v1/runs", json=submitted(name="twice"), headers=headers)
+    assert (other.status_code, error_of(other)["code"]) == (422, "idempotency_key_reused")
+
+
+def test_pages_of_runs_join_without_a_seam(service: Service):
+    for name in ("page-1", "page-2", "page-3"):
+        service.http.post("/v1/runs", json=submitted(name=name))
+    with service.client() as client:
+        seen, after = [], None
+        while True:
+            page = client.list_runs(limit=2, after=after)
+            seen += [run["id"] for run in page["data"]]
+            after = page["last_id"]
+            if not page["has_more"]:
+                break
+        whole = [run["id"] for run in client.list_runs(limit=100)["data"]]
+    assert seen == whole
+    assert seen[:3] == ["page-3", "page-2", "page-1"]
+
+
+# Events
+
+
+def test_a_replayed_report_is_not_doubled_and_a_gap_names_what_is_wanted(lonely: Service):
+    lonely.http.post("/v1/runs", json=submitted(name="reporter"))
+    headers = {"Authorization": f"Bearer {lonely.store.mint_token('reporter')}"}
+
+    def post(*numbers: int) -> httpx2.Response:
+        rows = [{"seq": n, "time": 1.0, "type": "t", "level": "info", "message": "m", "data": {}} for n in numbers]
+        return lonely.http.post("/v1/runs/reporter/events", json={"events": rows}, headers=headers)
+
+    assert post(1, 2).json() == {"events": 2, "metrics": 0}
+    assert post(1, 2).json() == {"events": 2, "metrics": 0}
+    gap = post(4)
+    assert (gap.status_code, error_of(gap)["details"][0]["wanted"]) == (409, 3)
+    kept = lonely.store.list_events("reporter", after=0, limit=100)
+    assert [event.type for event in kept].count("t") == 2
+    bad = lonely.http.post("/v1/runs/reporter/events", json={"events": [{"seq": 0}]}, headers=headers)
+    assert (bad.status_code, error_of(bad)["param"]) == (400, "/events/0/seq")
+
+
+def test_a_stream_is_resumed_behind_any_event_and_ends_with_the_run(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="streamed", seed=4, steps=20))
+        whole = list(client.events("streamed"))
+    assert [event["seq"] for event in whole] == list(range(1, len(whole) + 1))
+    for after in (0, 1, len(whole) // 2, len(whole)):
+        with service.http.sse("/v1/runs/streamed/events", headers={"Last-Event-ID": str(after)}) as source:
+            messages = list(source)
+        assert [int(message.id) for message in messages if message.event == "run.event"] == list(
+            range(after + 1, len(whole) + 1)
+        )
+        assert (messages[-1].event, json.loads(messages[-1].data)) == ("end", {"status": "succeeded"})
+
+
+def test_pages_of_events_hold_what_the_stream_holds(service: Service):
+    with service.client() as client:
+        client.create_run(submitted(name="paged"))
+        streamed = list(client.events("paged"))
+        paged, after, more = [], 0, True
+        while more:
+            page = client.list_events("paged", after=after, limit=2)
+            paged, after, more = paged + page["data"], page["last_id"], page["has_more"]
+    assert paged == streamed
+
+
+def test_where_no_stream_can_be_had_the_client_reads_pages(tmp_path: Path):
+    with serving(tmp_path, lambda url: ProcessLauncher(tmp_path / "jobs", RUN, url), before=without_streams) as service:
+        assert service.http.get("/v1/runs", headers={"accept": "text/event-stream"}).json()["object"] == "list"
+        with service.client() as client:
+            client.create_run(submitted(name="paged", seed=4, steps=10))
+            seqs = [event["seq"] for event in client.events("paged")]
+            assert client.get_run("paged")["status"] == "succeeded"
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert len(seqs) == 24  # four statuses, ten events, ten steps of metrics

@@ -1,0 +1,364 @@
+"""Both engines keep the promises of rollout_worker/engine.py, measured against transformers' own forward pass.
+
+One engine of each kind is started for the whole file. Tests leave it on some later version of weights A or B.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from potstill.config import SamplingConfig
+from potstill.errors import ConfigError, StaleWeights, WeightsError, WorkerLost
+from potstill.types import FinishReason, WeightsVersion
+from potstill.weights import pack
+from rollout_worker.engine import Completion, GenerationRequest, RolloutEngine, build_engine
+from rollout_worker.sampling import processed_logits, vllm_arguments
+from tests.tiny_models import save_tiny_model, tiny_tokenizer
+
+# One test breaks the stepping thread of vLLM down; that it dies loudly is part of the promise.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+STOP = tiny_tokenizer().eos_token_id
+TOLERANCE = 2e-5  # of a log-prob against a float32 forward pass of transformers
+MAX_LEN = 512
+
+
+class Student:
+    """Weights A or B: the folder, a payload, and the slow truth about them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def payload(self, version: int) -> tuple[WeightsVersion, np.ndarray]:
+        tensors = load_file(self.folder / "model.safetensors")
+        return pack({name: tensor.numpy() for name, tensor in tensors.items()}, version)
+
+    @torch.inference_mode()
+    def logits(self, prompt_ids: np.ndarray, token_ids: np.ndarray) -> torch.Tensor:
+        """[T, V] before each token of a completion."""
+        text = torch.from_numpy(np.concatenate((prompt_ids, token_ids)).astype(np.int64))
+        return self.model(text[None]).logits[0, len(prompt_ids) - 1 : -1].float()
+
+    def logprobs(self, prompt_ids: np.ndarray, token_ids: np.ndarray, sampling: SamplingConfig) -> np.ndarray:
+        """[T] of the tokens under what `sampling` samples from."""
+        logprobs = processed_logits(self.logits(prompt_ids, token_ids), sampling).log_softmax(-1)
+        return logprobs.gather(-1, torch.from_numpy(token_ids.astype(np.int64))[:, None])[:, 0].numpy()
+
+
+@dataclasses.dataclass
+class Bench:
+    """An engine, the loop it lives on, and what it wrote first, fresh from its model folder."""
+
+    name: str
+    engine: RolloutEngine
+    runner: asyncio.Runner
+    first: list[Completion]
+
+    def write(
+        self, requests: list[GenerationRequest], config: SamplingConfig, *, k: int = 0, want: bool = True
+    ) -> list[Completion]:
+        return self.runner.run(self.engine.generate(requests, config, want_logprobs=want, support_k=k))
+
+    def load(self, student: Student) -> int:
+        version, payload = student.payload(self.engine.version + 1)
+        self.runner.run(self.engine.load_weights(version, payload))
+        return version.version
+
+
+def requests(lengths: tuple[int, ...], *, copies: int = 1) -> list[GenerationRequest]:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, size=length).astype(np.int32) for length in lengths]
+    return [
+        GenerationRequest(id=f"{i}.{copy}", prompt_ids=prompt, seed=1000 * i + copy)
+        for i, prompt in enumerate(prompts)
+        for copy in range(copies)
+    ]
+
+
+def sampling(tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingConfig:
+    return SamplingConfig(max_new_tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+MIXED = requests((5, 130, 300, 1, 57))  # the prefix cache of vLLM on a CPU works in blocks of 128 tokens
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Student]:
+    folder = tmp_path_factory.mktemp("students")
+    # Tied: the head is the tensor that an update most easily forgets.
+    a, b = (save_tiny_model(folder / name, seed=seed, tie_word_embeddings=True) for name, seed in (("a", 1), ("b", 2)))
+    return Student(a), Student(b)
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def bench(request: pytest.FixtureRequest, students: tuple[Student, Student]) -> Iterator[Bench]:
+    with asyncio.Runner() as runner:
+        engine = build_engine(
+            request.param,
+            model=students[0].folder,
+            dtype="float32",
+            stop_token_id=STOP,
+            version=0,
+            threads=1,
+            max_model_len=MAX_LEN,
+        )
+        first = runner.run(engine.generate(MIXED, sampling(20), want_logprobs=True, support_k=4))
+        yield Bench(request.param, engine, runner, first)
+        runner.run(engine.close())
+
+
+def assert_equal(left: list[Completion], right: list[Completion]) -> None:
+    """Bit for bit, versions aside."""
+    for one, other in zip(left, right, strict=True):
+        for field in ("token_ids", "logprobs", "support_ids", "support_logprobs"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)
+        assert one.finish_reason == other.finish_reason
+
+
+@pytest.mark.parametrize(
+    "config",
+    [sampling(40), sampling(40, temperature=0.7), sampling(40, temperature=1.3, top_p=0.8, top_k=20)],
+    ids=["plain", "cool", "truncated"],
+)
+def test_log_probs_are_those_of_the_distribution_sampled_from_and_the_support_is_the_students_own(
+    bench: Bench, students: tuple[Student, Student], config: SamplingConfig
+) -> None:
+    version = bench.load(students[0])
+    for request, completion in zip(MIXED, bench.write(MIXED, config, k=6), strict=True):
+        expected = students[0].logprobs(request.prompt_ids, completion.token_ids, config)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+        own = students[0].logits(request.prompt_ids, completion.token_ids).log_softmax(-1)
+        top = own.topk(6, dim=-1)
+        np.testing.assert_array_equal(completion.support_ids, top.indices.int().numpy())
+        np.testing.assert_allclose(completion.support_logprobs, top.values.numpy(), atol=TOLERANCE, rtol=0)
+        assert completion.weight_versions.tolist() == [version] * len(completion.token_ids)
+
+
+def test_greedy_follows_the_most_probable_id_and_reports_no_log_prob(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    bench.load(students[0])
+    for request, completion in zip(MIXED, bench.write(MIXED, sampling(25, temperature=0.0), k=1), strict=True):
+        greedy = students[0].logits(request.prompt_ids, completion.token_ids).argmax(-1)
+        assert completion.token_ids.tolist() == greedy.tolist() == completion.support_ids[:, 0].tolist()
+        assert np.isnan(completion.logprobs).all()
+
+
+def test_a_completion_ends_at_the_stop_token_or_at_the_limit_and_says_which(bench: Bench) -> None:
+    completions = bench.write(requests((9, 40), copies=60), sampling(60))
+    reasons = [completion.finish_reason for completion in completions]
+    assert set(reasons) == {FinishReason.STOP, FinishReason.LENGTH}
+    for completion in completions:
+        ids = completion.token_ids.tolist()
+        if completion.finish_reason is FinishReason.STOP:
+            assert ids.index(STOP) == len(ids) - 1 < 60
+        else:
+            assert STOP not in ids
+            assert len(ids) == 60
+
+
+def test_what_nobody_asked_for_is_missing_and_not_zero(bench: Bench) -> None:
+    (completion,) = bench.write(MIXED[:1], sampling(5), want=False)
+    assert np.isnan(completion.logprobs).all()
+    assert completion.support_ids is None
+    assert completion.support_logprobs is None
+    assert completion.token_ids.dtype == completion.weight_versions.dtype == np.int32
+    assert bench.write([], sampling(5)) == []
+
+
+def test_a_seed_decides_a_completion_whatever_is_written_beside_it(bench: Bench) -> None:
+    together = bench.write(MIXED, sampling(20))
+    alone = [bench.write([request], sampling(20))[0] for request in reversed(MIXED)]
+    for one, other in zip(together, reversed(alone), strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+    reseeded = [dataclasses.replace(request, seed=request.seed + 1) for request in MIXED]
+    assert bench.write(reseeded, sampling(20))[0].token_ids.tolist() != together[0].token_ids.tolist()
+
+
+@pytest.mark.parametrize("config", [sampling(1, temperature=0.5), sampling(1, top_p=0.7)], ids=["temperature", "top_p"])
+def test_sampled_frequencies_are_the_softmax(
+    bench: Bench, students: tuple[Student, Student], config: SamplingConfig
+) -> None:
+    bench.load(students[0])
+    num_draws = 3000
+    drawn = bench.write(requests((12,), copies=num_draws), config, want=False)
+    counts = np.bincount([completion.token_ids[0] for completion in drawn], minlength=259)
+    logits = students[0].logits(requests((12,))[0].prompt_ids, np.zeros(1, np.int32))
+    expected = num_draws * processed_logits(logits, config)[0].softmax(-1).double().numpy()
+    assert counts[expected == 0].sum() == 0
+    frequent = expected > 8
+    observed = np.append(counts[frequent], counts[~frequent].sum())
+    wanted = np.append(expected[frequent], expected[~frequent].sum())
+    chi_square = float(((observed - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum())
+    freedom = int(frequent.sum())
+    assert freedom > 20
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_after_an_update_the_engine_is_a_fresh_one_on_the_new_weights(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    bench.load(students[1])
+    of_b = bench.write(MIXED, sampling(20), k=4)
+    for request, completion in zip(MIXED, of_b, strict=True):
+        expected = students[1].logprobs(request.prompt_ids, completion.token_ids, sampling(20))
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+    bench.load(students[0])
+    assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
+
+
+def test_a_cancelled_call_leaves_the_engine_serving(bench: Bench, students: tuple[Student, Student]) -> None:
+    bench.load(students[0])
+
+    async def cancel_midway(after_s: float) -> None:
+        writing = asyncio.create_task(bench.engine.generate(MIXED, sampling(200), want_logprobs=True, support_k=0))
+        await asyncio.sleep(after_s)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+
+    for after_s in (0.0, 0.001, 0.05):
+        bench.runner.run(cancel_midway(after_s))
+    assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
+
+
+def test_weights_that_are_not_newer_are_refused(bench: Bench, students: tuple[Student, Student]) -> None:
+    version = bench.load(students[0])
+    for offered in (version, version - 1):
+        with pytest.raises(StaleWeights):
+            bench.runner.run(bench.engine.load_weights(*students[1].payload(offered)))
+    assert bench.engine.version == version
+    assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
+
+
+def test_damaged_and_foreign_weights_are_refused_and_the_old_ones_go_on_serving(
+    bench: Bench, students: tuple[Student, Student], tmp_path: Path
+) -> None:
+    version = bench.load(students[0])
+    damaged, payload = students[1].payload(version + 1)
+    payload[len(payload) // 2] ^= 1
+    tensors = {entry.name: np.zeros(entry.shape, np.float32) for entry in damaged.tensors}
+    name = next(iter(tensors))
+    foreign = [
+        tensors | {name: tensors[name][:-1]},
+        tensors | {"model.extra": tensors[name]},
+        {kept: tensor for kept, tensor in tensors.items() if kept != name},
+        tensors | {name: tensors[name].astype(np.float16)},
+    ]
+    for offered in ((damaged, payload), *(pack(some, version + 1) for some in foreign)):
+        with pytest.raises(WeightsError):
+            bench.runner.run(bench.engine.load_weights(*offered))
+    assert bench.engine.version == version
+    assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
+
+
+def test_an_update_while_requests_run_leaves_every_token_with_the_version_that_wrote_it(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    old = bench.load(students[0])
+    config = sampling(200)
+    long_requests = requests((150, 20), copies=4)
+
+    async def update_midway() -> list[Completion]:
+        writing = asyncio.create_task(bench.engine.generate(long_requests, config, want_logprobs=True, support_k=0))
+        await bench.engine.generate(MIXED[:1], sampling(10), want_logprobs=True, support_k=0)
+        await bench.engine.load_weights(*students[1].payload(old + 1))
+        return await writing
+
+    completions = bench.runner.run(update_midway())
+    assert bench.engine.version == old + 1
+    for request, completion in zip(long_requests, completions, strict=True):
+        assert set(np.diff(completion.weight_versions)) <= {0, 1}
+        per_student = [student.logprobs(request.prompt_ids, completion.token_ids, config) for student in students]
+        expected = np.where(completion.weight_versions == old, *per_student)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+    spanning = [completion for completion in completions if len(set(completion.weight_versions)) == 2]
+    assert bool(spanning) == (bench.name == "vllm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "k", "message"),
+    [
+        ({"prompt_ids": np.zeros(0, np.int32)}, sampling(5), 0, "prompt is empty"),
+        ({"prompt_ids": np.zeros(500, np.int32)}, sampling(13), 0, "exceed the 512 positions"),
+        ({"prompt_ids": np.array([259], np.int32)}, sampling(5), 0, "outside the vocabulary of 259"),
+        ({"prompt_ids": np.array([-1], np.int32)}, sampling(5), 0, "outside the vocabulary"),
+        ({"seed": -1}, sampling(5), 0, "seed -1"),
+        ({}, sampling(5, temperature=0.001), 0, "temperature is 0.001"),
+        ({}, sampling(5), 260, "objective.k is 260"),
+    ],
+)
+def test_a_request_that_an_engine_would_silently_change_is_refused(
+    bench: Bench, changes: dict[str, object], config: SamplingConfig, k: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.write([dataclasses.replace(MIXED[0], **changes)], config, k=k)
+
+
+def test_no_field_of_vllms_sampling_parameters_is_left_to_a_default() -> None:
+    from vllm import SamplingParams
+
+    ours = vllm_arguments(sampling(5), seed=0, stop_token_id=STOP, want_logprobs=True, support_k=0)
+    derived = {"output_text_buffer_length"}  # filled in by vLLM from `stop`
+    public = {field for field in SamplingParams.__struct_fields__ if not field.startswith("_")}
+    assert ours.keys() | {"output_kind"} == public - derived
+
+
+def test_bfloat16_weights_travel_as_bits_and_are_loaded_exactly(students: tuple[Student, Student]) -> None:
+    tensors = load_file(students[1].folder / "model.safetensors")
+    bits = {name: tensor.bfloat16().view(torch.uint16).numpy() for name, tensor in tensors.items()}
+    built = [
+        build_engine(
+            "transformers", model=student.folder, dtype="bfloat16", stop_token_id=STOP, version=0, threads=1,
+            max_model_len=MAX_LEN,
+        )
+        for student in students
+    ]  # fmt: skip
+
+    async def write() -> list[list[Completion]]:
+        updated, fresh = built
+        await updated.load_weights(*pack(bits, 1))
+        outputs = [await engine.generate(MIXED, sampling(9), want_logprobs=True, support_k=2) for engine in built]
+        await updated.close()
+        await fresh.close()
+        return outputs
+
+    assert_equal(*asyncio.run(write()))
+
+
+def test_when_an_engine_ends_everybody_who_waits_is_told(bench: Bench) -> None:
+    def break_down() -> None:
+        raise MemoryError
+
+    async def end_midway() -> list[object]:
+        writing = [
+            asyncio.create_task(bench.engine.generate([request], sampling(200), want_logprobs=True, support_k=0))
+            for request in MIXED
+        ]
+        await asyncio.sleep(0.02)
+        if bench.name == "vllm":
+            with pytest.raises(WorkerLost, match="MemoryError"):
+                await bench.engine._between_steps(break_down)
+        else:
+            await bench.engine.close()
+        return await asyncio.gather(*writing, return_exceptions=True)
+
+    assert isinstance(bench.runner.run(end_midway())[-1], WorkerLost)
+
+
+def test_a_closed_engine_takes_no_more_work(bench: Bench, students: tuple[Student, Student]) -> None:
+    bench.runner.run(bench.engine.close())
+    with pytest.raises(WorkerLost):
+        bench.write(MIXED, sampling(5))
+    with pytest.raises(WorkerLost):
+        bench.runner.run(bench.engine.load_weights(*students[0].payload(bench.engine.version + 1)))

@@ -1,0 +1,116 @@
+"""Runs as real Ray jobs, through the service and its client, on a local head of their own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from sys import executable
+
+import httpx2
+import psutil
+import pytest
+import uvicorn
+
+from orchestrator.app import create_app
+from orchestrator.head import LocalHead, start_or_adopt
+from orchestrator.jobs import Cluster, RayLauncher
+from orchestrator.store import Store
+from potstill.client import Client
+from potstill.errors import ServiceError
+from tests.service_configs import submitted
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("head") / "ray-head.json"
+
+
+@pytest.fixture(scope="module")
+def head(record: Path) -> Iterator[LocalHead]:
+    started = start_or_adopt(record)
+    family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+    yield started
+    started.stop(record)
+    _, left = psutil.wait_procs(family, timeout=10.0)
+    assert not left
+    assert not record.exists()
+    assert not Path(started.temp).exists()
+
+
+@pytest.fixture(scope="module")
+def client(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    folder = tmp_path_factory.mktemp("service")
+    store = Store(f"sqlite:///{folder / 'potstill.db'}")
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    launcher = RayLauncher(head.cluster, command=(executable, "-m", "tests.tiny_run"), report_url=url)
+    app = create_app(store, launcher, runs=folder / "runs", poll_s=0.5)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with Client(url, store.create_key("test")) as connected:
+        yield connected
+    server.should_exit = True
+    thread.join()
+    store.close()
+
+
+def test_jobs_succeed_fail_die_and_are_cancelled_as_runs_do(client: Client):
+    for name, seed in (("stopped", 2), ("good", 0), ("bad", 1), ("dead", 3)):
+        client.create_run(submitted(name=name, seed=seed))
+    deadline = time.monotonic() + 60.0
+    while client.get_run("stopped")["status"] != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert client.cancel_run("stopped")["status"] == "cancelling"
+    ended = {name: client.wait(name, poll_s=0.2) for name in ("good", "bad", "dead", "stopped")}
+
+    assert {name: run["status"] for name, run in ended.items()} == {
+        "good": "succeeded",
+        "bad": "failed",
+        "dead": "failed",
+        "stopped": "cancelled",
+    }
+    assert ended["bad"]["error"]["type"] == "NonFinite"
+    assert ended["dead"]["error"]["message"].endswith("(exit code 9)")
+    assert "the last words of this process" in ended["dead"]["error"]["log_tail"]
+    assert "run.cleaned" in [event["type"] for event in client.events("stopped")]
+    steps = [event["data"]["step"] for event in client.events("good") if event["type"] == "step.finished"]
+    assert steps == [1, 2, 3]
+
+
+def listening_addresses(process: psutil.Process) -> set[str]:
+    try:
+        connections = process.net_connections(kind="tcp")
+    except psutil.NoSuchProcess:  # a job's last process, on its way out
+        return set()
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def test_the_head_listens_on_loopback_only(head: LocalHead):
+    family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    addresses = set().union(*(listening_addresses(process) for process in family))
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_head_refuses_strangers(head: LocalHead):
+    for token in (None, "wrong"):
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        answer = httpx2.get(f"{head.address}/api/jobs/", headers=headers, trust_env=False)
+        assert answer.status_code in {401, 403}
+    with pytest.raises(ServiceError, match="token"):
+        RayLauncher(Cluster(address=head.address, token="wrong"), command=(), report_url="").look()
+
+
+def test_a_restarted_service_adopts_the_head_and_its_token_is_in_no_file(head: LocalHead, record: Path):
+    adopted = start_or_adopt(record)
+    assert adopted == head
+    assert adopted.cluster == head.cluster
+    assert head.cluster.token is not None
+    assert head.cluster.token not in record.read_text()
+    told = [path for path in Path(head.temp).rglob("*.log") if head.cluster.token in path.read_text(errors="replace")]
+    assert told == []

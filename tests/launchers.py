@@ -1,0 +1,90 @@
+"""Launchers that the service's tests hand in for Ray: plain subprocesses, and a cluster that is away.
+
+`python -m tests.launchers FOLDER PORT` serves the real app over FOLDER/potstill.db, so that a test can kill -9 it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from orchestrator.app import create_app
+from orchestrator.jobs import Job
+from orchestrator.runs import Run
+from orchestrator.store import Store
+from potstill.errors import ServiceError
+
+POLL_S = 0.05
+
+
+class ProcessLauncher:
+    """One process per run, in a session of its own; what is known of it lies in files, so a restart forgets nothing."""
+
+    def __init__(self, folder: Path, script: str, report_url: str) -> None:
+        self._folder = folder
+        self._script = script
+        self._report_url = report_url
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def launch(self, run: Run, config: Path, token: str) -> None:
+        place = self._folder / run.submission_id
+        place.mkdir()
+        shell = f'{self._script} & echo $! > "{place}/pid"; wait $!; echo $? > "{place}/exit"'
+        environment = {
+            **os.environ,
+            "POTSTILL_RUN_TOKEN": token,
+            "PYTHON": sys.executable,
+            "CONFIG": str(config),
+            "REPORT_TO": self._report_url,
+        }
+        with (place / "log").open("wb") as log:
+            subprocess.Popen(["sh", "-c", shell], env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def look(self) -> Mapping[str, Job]:
+        return {place.name: self._job(place) for place in self._folder.iterdir()}
+
+    def stop(self, submission_id: str) -> None:
+        place = self._folder / submission_id
+        if (place / "pid").exists() and not (place / "exit").exists():
+            os.kill(int((place / "pid").read_text()), signal.SIGTERM)
+
+    def log_tail(self, submission_id: str) -> str:
+        return "\n".join((self._folder / submission_id / "log").read_text().splitlines()[-20:])
+
+    def _job(self, place: Path) -> Job:
+        code = (place / "exit").read_text().strip() if (place / "exit").exists() else ""
+        return Job(alive=False, exit_code=int(code)) if code else Job(alive=True, exit_code=None)
+
+
+class AwayLauncher:
+    """A cluster that does not answer."""
+
+    def launch(self, run: Run, config: Path, token: str) -> None:
+        raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
+
+    def look(self) -> Mapping[str, Job]:
+        raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
+
+    def stop(self, submission_id: str) -> None:
+        raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
+
+    def log_tail(self, submission_id: str) -> str:
+        raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
+
+
+def main() -> None:
+    folder, port, script = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    store = Store(f"sqlite:///{folder / 'potstill.db'}")
+    launcher = ProcessLauncher(folder / "jobs", script, f"http://127.0.0.1:{port}")
+    app = create_app(store, launcher, runs=folder / "runs", poll_s=POLL_S)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+
+
+if __name__ == "__main__":
+    main()

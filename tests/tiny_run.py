@@ -1,0 +1,59 @@
+"""What `potstill run` looks like to the service, with nothing to train.
+
+`python -m tests.tiny_run CONFIG --report-to URL`. The config's seed says how it goes: 0 succeeds, 1 fails and says so,
+2 works until it is told to stop, 3 dies without a word, 4 works as long as it has steps, 50 ms each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from orchestrator.reporting import HttpReporter
+from potstill.config import RunConfig, load
+from potstill.errors import NonFinite
+from potstill.journal import Journal, Status
+
+
+def main() -> int:
+    config = load(sys.argv[1])
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    journal = Journal(Path(config.runs) / config.name)
+    token = os.environ["POTSTILL_RUN_TOKEN"]
+    reporter = HttpReporter(sys.argv[3], config.name, token, journal.folder)
+    journal.listen(reporter)
+    journal.status(Status.STARTING)
+    journal.status(Status.RUNNING)
+    code = work(config, journal, stopped)
+    reporter.close(timeout_s=3.0)
+    journal.close()
+    return code
+
+
+def work(config: RunConfig, journal: Journal, stopped: threading.Event) -> int:
+    if config.seed == 3:
+        print("the last words of this process", flush=True)
+        os._exit(9)
+    for step in range(1, config.loop.steps + 1):
+        journal.event("step.finished", f"step {step}", step=step)
+        journal.metrics(step, {"loss": 1.0 / step})
+        if config.seed == 4:
+            stopped.wait(0.05)
+    if config.seed == 2:
+        stopped.wait(60.0)
+        journal.event("run.cleaned", "the checkpoint is written")
+        journal.status(Status.CANCELLED)
+        return 5
+    if config.seed == 1:
+        journal.status(Status.FAILED, error=NonFinite("step 3: the loss is NaN"))
+        return 1
+    journal.status(Status.SUCCEEDED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
