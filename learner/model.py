@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -74,11 +75,18 @@ def load_transformer(folder: str, *, dtype: torch.dtype, device: torch.device) -
         raise ConfigError(f"model {folder!r}: no config.json there; name a folder in Hugging Face format")
     try:
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=IMPLEMENTATION, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model {folder!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if info["missing_keys"]:
+        raise ConfigError(f"model {folder!r} lacks weights, which would be random: {sorted(info['missing_keys'])[:3]}")
     return model.to(device)
 
 
@@ -98,7 +106,7 @@ def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    progress = (step - 1 - config.warmup_steps) / (steps - config.warmup_steps)  # the last step still moves
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 

@@ -34,9 +34,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig, student: CausalModel) -> None:
         self.config = config
-        self.student = student.train()
+        self.student = student.eval()  # without dropout: the sampler has none, and a step must be reproducible
         self.optimizer = make_optimizer(student, config.optim)
-        self.teacher = SelfTeacherModel(config.teacher, student) if isinstance(config.teacher, SelfTeacher) else None
+        inside = isinstance(config.teacher, SelfTeacher) and config.objective.support == "full"
+        self.teacher = SelfTeacherModel(config.teacher, student) if inside else None
         self.version = 0
 
     def step(self, batch: Batch, *, step: int, denominators: Denominators) -> StepReport:

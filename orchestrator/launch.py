@@ -81,7 +81,8 @@ async def site(config: RunConfig) -> AsyncIterator[Site]:
     _take_back_sigterm()
     try:
         learner = _actor(Learner, config.learner.threads)
-        workers = [_actor(RolloutWorker, config.rollout.threads) for _ in range(config.rollout.workers)]
+        threads = config.rollout.threads
+        workers = [_actor(RolloutWorker, threads, threads) for _ in range(config.rollout.workers)]
         yield Site(learner, workers)
     finally:
         await asyncio.to_thread(ray.shutdown)
@@ -147,11 +148,11 @@ def _take_back_sigterm() -> None:
         signal.siginterrupt(signal.SIGTERM, False)
 
 
-def _actor(cls: type, threads: int) -> Any:
+def _actor(cls: type, threads: int, *arguments: Any) -> Any:
     import ray
 
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads)}}}
-    return ray.remote(cls).options(**options).remote(threads)
+    return ray.remote(cls).options(**options).remote(*arguments)
 
 
 def _max_model_len(config: RunConfig) -> int:

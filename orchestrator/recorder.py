@@ -5,6 +5,7 @@ Knows nothing of how a step is made. A number that was not measured is left out,
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -26,8 +27,7 @@ class Recorder:
     tokens_trained: int = 0
     steps_done: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
+    reverse_kl: list[float] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
     _step_started: float = field(default_factory=time.perf_counter)
     _step_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -69,8 +69,7 @@ class Recorder:
             "queue": num_waiting,
             "weights_version": report.step,
         }
-        self.first = self.first or values
-        self.last = values
+        self.reverse_kl.append(values.get("reverse_kl", math.nan))
         self.journal.metrics(report.step, values)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from potstill.environments import open_environment
 from potstill.errors import NonFinite, PotstillError, RunError
 from potstill.journal import Journal, Status, write_json
 from potstill.planner import plan
+
+KL_WINDOW_SHARE = 20  # reverse_kl_first and _last are means over this share of the steps: one step is noisy
 
 
 async def execute(config: RunConfig, site: Site, journal: Journal) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def _buffer(config: RunConfig) -> Buffer:
 def _report(config: RunConfig, recorder: Recorder, chores: Chores, *, peak: int, seconds: float) -> dict[str, Any]:
     """DESIGN §8. What was not measured is NaN here and null on disk."""
     stages = dict(recorder.seconds)
+    window = max(1, len(recorder.reverse_kl) // KL_WINDOW_SHARE)
     return {
         "run_id": config.name,
         "method": config.method,
@@ -97,8 +101,8 @@ def _report(config: RunConfig, recorder: Recorder, chores: Chores, *, peak: int,
         "student_after": chores.accuracy.get("after", math.nan),
         "teacher": chores.accuracy.get("teacher", math.nan),
         "metric": "held-out accuracy",
-        "reverse_kl_first": recorder.first.get("reverse_kl", math.nan),
-        "reverse_kl_last": recorder.last.get("reverse_kl", math.nan),
+        "reverse_kl_first": statistics.fmean(recorder.reverse_kl[:window] or [math.nan]),
+        "reverse_kl_last": statistics.fmean(recorder.reverse_kl[-window:] or [math.nan]),
         "weights_version": recorder.steps_done,
         "peak_rss_bytes": peak,
     }

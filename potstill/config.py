@@ -145,6 +145,8 @@ class RolloutConfig(Section):
     """CPU threads of each worker. More than the cores there are makes every process slower."""
     prompts_per_step: Positive
     """Prompts in one optimizer step. Too few: a noisy gradient; too many: fewer, staler updates."""
+    privileged_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of references that are learnt under the teacher's privileged prompt: how a student first learns to use a hint."""
     samples_per_prompt: Positive = 1
     """Completions of each prompt."""
     max_prompt_tokens: Positive = 512
@@ -160,9 +162,9 @@ class OptimConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0. None: Adam's first steps are as large as its later ones."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After warm-up; cosine and linear fall to min_lr_ratio at the last step."""
+    """After warm-up; cosine and linear fall towards min_lr_ratio."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Of the peak, at the last step."""
+    """Of the peak, which the schedule reaches one step after the last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """A second beta near 1 reacts slowly when the student's distribution moves."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -198,7 +200,10 @@ class LoopConfig(Section):
 
 
 class EvalConfig(Section):
-    """Accuracy on held-out items, by the data's verifier, greedily."""
+    """Accuracy on held-out items, by the data's verifier, one answer to each."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the greedy answer; 1: an answer as the student really writes. Neither is right: say which you report."""
 
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0: only before and after."""

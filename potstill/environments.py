@@ -60,7 +60,7 @@ class ReasoningGym:
         except (AssertionError, TypeError, ValueError) as error:
             raise ConfigError(f"data.dataset {config.dataset!r} with {config.options}: {error}") from None
         self._name = config.dataset
-        self._solve: Callable[[Mapping[str, Any]], str] | None = worked.SOLVERS.get(config.dataset)
+        self._solve: Callable[[Mapping[str, Any]], str | None] | None = worked.SOLVERS.get(config.dataset)
 
     def train(self, index: int) -> Prompt:
         for candidate in range(index, index + _ATTEMPTS * _STREAM, _STREAM):

@@ -105,6 +105,11 @@ PRESETS: dict[str, Method] = {
         phrase="self-distillation from a privileged prompt, forward KL over the vocabulary with a pointwise clip",
         source="arXiv 2601.18734 v3",
     ),
+    "opsd_reverse": Method(
+        objective=Objective(support="full", divergence="reverse_kl"),
+        phrase="self-distillation from a privileged prompt, reverse KL over the vocabulary",
+        source="arXiv 2601.18734 v1, its reverse-KL ablation",
+    ),
     "sft": Method(
         objective=Objective(support="sampled", divergence="nll"),
         phrase="likelihood of reference or teacher text; the off-policy baseline",

@@ -97,6 +97,8 @@ def _refuse_unfit(config: RunConfig, found: Tier) -> None:
         raise PlanError('rollout.source = "teacher" needs teacher.model, a folder that a rollout worker can load')
     if source != "student" and objective.divergence != "nll":
         raise PlanError(f'rollout.source = "{source}" is supervised: use method "sft", or let the student write')
+    if config.rollout.privileged_share and (source != "reference" or not isinstance(teacher, SelfTeacher)):
+        raise PlanError('rollout.privileged_share needs source = "reference" and a [teacher] of kind "self"')
     if source == "student" and objective.divergence == "nll":
         raise PlanError(
             'method "sft" on the student\'s own text teaches nothing: rollout.source = "teacher" or "reference"'

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def column_addition(entry: Mapping[str, Any]) -> str:
-    """A sum, column by column from the right, the carry written last.
+def column_addition(entry: Mapping[str, Any]) -> str | None:
+    """A sum, column by column from the right, the carry written last; None for anything but a sum.
 
     >>> print(column_addition({"metadata": {"expression": "378 + 937"}}))
     8+7=15
@@ -19,7 +19,10 @@ def column_addition(entry: Mapping[str, Any]) -> str:
     3+9+1=13
     <answer>1315</answer>
     """
-    terms = [int(term) for term in entry["metadata"]["expression"].split(" + ")]
+    written = entry["metadata"]["expression"].split(" + ")
+    if not all(term.isdecimal() for term in written):
+        return None
+    terms = [int(term) for term in written]
     lines, carry = [], 0
     for column in range(len(str(max(terms)))):
         digits = [term // 10**column % 10 for term in terms] + ([carry] if column else [])
@@ -28,4 +31,4 @@ def column_addition(entry: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"<answer>{sum(terms)}</answer>"])
 
 
-SOLVERS: dict[str, Callable[[Mapping[str, Any]], str]] = {"basic_arithmetic": column_addition}
+SOLVERS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {"basic_arithmetic": column_addition}

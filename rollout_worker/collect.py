@@ -10,10 +10,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from potstill.config import RunConfig, SamplingConfig
 from potstill.environments import Environment
@@ -33,6 +32,9 @@ from potstill.types import (
 )
 from potstill.wire import ScoreItem, Want
 from rollout_worker.engine import Completion, GenerationRequest, RolloutEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOT_THE_STUDENT = -1  # the weights version of a token that the student did not write
 
@@ -54,7 +56,7 @@ class Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """Of held-out prompts, greedily answered."""
+    """Of held-out prompts."""
 
     rewards: tuple[float, ...]
     num_tokens: int
@@ -99,11 +101,13 @@ class Collector:
         )
 
     async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "writer"]) -> Verdicts:
-        """Greedy answers to held-out prompts, judged; a writer that is the teacher reads its own, privileged prompt."""
+        """Answers to held-out prompts, judged; a writer that is the teacher reads its own, privileged prompt."""
         engine = self._student if who == "student" else self._writer
         if engine is None:
             raise ConfigError("nobody writes in this run: its completions are the data's own")
-        sampling = SamplingConfig(max_new_tokens=self._config.rollout.sampling.max_new_tokens, temperature=0.0)
+        sampling = SamplingConfig(
+            max_new_tokens=self._config.rollout.sampling.max_new_tokens, temperature=self._config.eval.temperature
+        )
         requests = [self._request(prompt, 0, privileged=who == "writer") for prompt in prompts]
         completions = await engine.generate(requests, sampling, want_logprobs=False, support_k=0)
         return Verdicts(
@@ -139,7 +143,7 @@ class Collector:
             prompt_id=prompt.id,
             index=prompt.index * self._config.rollout.samples_per_prompt + sample,
             domain=prompt.domain,
-            prompt_ids=self._prompt_ids(prompt),
+            prompt_ids=self._learnt_under(prompt),
             completion_ids=completion.token_ids,
             loss_mask=np.ones(length, dtype=np.bool_),
             student_logprobs=completion.logprobs,
@@ -184,6 +188,15 @@ class Collector:
     def _prompt_ids(self, prompt: Prompt) -> IntArray:
         return np.array(render(self._tokenizer, prompt.messages), dtype=np.int32)
 
+    def _learnt_under(self, prompt: Prompt) -> IntArray:
+        """The prompt that the completion is trained under: the student's, or for a share of references the hint."""
+        share = self._config.rollout.privileged_share
+        if self._writer is None and _fraction(prompt.id) < share:
+            privileged = self._privileged_ids(prompt)
+            assert privileged is not None, "checked by the plan"
+            return privileged
+        return self._prompt_ids(prompt)
+
     def _privileged_ids(self, prompt: Prompt) -> IntArray | None:
         """What the teacher reads instead of the student's prompt; None: it reads the same."""
         template = getattr(self._config.teacher, "privileged_template", None)
@@ -202,5 +215,13 @@ class Collector:
 
 def _seed(run_seed: int, prompt_id: str, sample: int) -> int:
     """63 bits that depend on the run, the prompt and the sample, and on nothing else."""
-    text = f"{run_seed}/{prompt_id}/{sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return _digest(f"{run_seed}/{prompt_id}/{sample}") >> 1
+
+
+def _fraction(prompt_id: str) -> float:
+    """Of [0, 1), the same for a prompt for ever."""
+    return _digest(prompt_id) / 2**64
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -109,4 +109,4 @@ def test_the_first_and_the_last_line_are_remembered_for_the_report(tmp_path: Pat
     recorder = make_recorder(tmp_path)
     for step in recorder.steps():
         record(recorder, make_batch(step), reverse_kl=float(step))
-    assert (recorder.first["reverse_kl"], recorder.last["reverse_kl"]) == (1.0, 3.0)
+    assert recorder.reverse_kl == [1.0, 2.0, 3.0]
