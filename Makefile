@@ -11,7 +11,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart opsd test check bench clean
+.PHONY: help setup quickstart opsd test check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,6 +38,9 @@ check: setup ## style, types, import rules
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+docs: setup ## remake docs/config.md from the config
+	$(PYTHON) -m potstill.config_page > docs/config.md
 
 bench: setup ## the figures of the docs, as JSON
 	$(PYTHON) -m bench.steady_state

@@ -58,6 +58,10 @@ class Learner:
         denominators = Denominators(num_loss_tokens=batch.num_loss_tokens, num_sequences=batch.num_sequences)
         return self.trainer.step(_fetch(batch.receipts), step=batch.step, denominators=denominators)
 
+    def annotate(self, receipts: Sequence[Receipt]) -> list[list[float] | None]:
+        """Per rollout, the self-teacher's log-prob of every token; None without a self-teacher."""
+        return [self.trainer.teacher_logprobs(scored) for scored in _fetch(receipts)]
+
     def publish(self) -> WeightsVersion:
         """The current weights as a version whose payload lies in the object store."""
         from learner.publish import snapshot

@@ -12,6 +12,7 @@ inside the learner has nothing to misalign.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learner.aggregation import Denominators
-from learner.logprobs import head_loss
+from learner.logprobs import id_logprobs
 from learner.packing import pack
 from learner.supports import log_rest
 from learner.targets import aligned, trainable
@@ -43,12 +44,7 @@ def check(trainer: Trainer, batch: Sequence[ScoredRollout]) -> dict[str, float]:
     if not batch:
         raise SignalLost("canary: the teacher scored none of the first rollouts")
     mirrored = [_mirror(trainer, scored) for scored in batch]
-    gap = _sampler_gap(batch, mirrored)
-    if not gap <= SAMPLER_TOLERANCE:  # a NaN dies too
-        raise RunError(
-            f"canary: sampler and learner disagree by {gap:.3g} nats per token on the student's own tokens; "
-            "do engine and learner hold the same weights, dtype and prompt?"
-        )
+    gap = _check_sampler(trainer, batch, mirrored)
     own, gradient = _loss_and_gradient(trainer, mirrored)
     own_norm = gradient.norm()
     if not abs(own) <= MIRROR_TOLERANCE:
@@ -86,16 +82,21 @@ def _mirror(trainer: Trainer, scored: ScoredRollout) -> ScoredRollout:
 def _logprobs(trainer: Trainer, hidden: Tensor, ids: IntArray) -> Tensor:
     """[T, K] log-probs of `ids`, a chunk of rows at a time."""
     columns = torch.from_numpy(ids).long().to(hidden.device)
-    parts: list[Tensor] = []
+    return id_logprobs(hidden, trainer.student.head, columns, chunk_tokens=trainer.config.learner.chunk_tokens).cpu()
 
-    def collect(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        parts.append(logits.log_softmax(-1).gather(-1, columns[rows]))
-        return logits.new_zeros(len(logits)), {}
 
-    head = trainer.student.head.detach()
-    zeros = hidden.new_zeros(len(hidden))
-    head_loss(hidden, head, collect, weights=zeros, chunk_tokens=trainer.config.learner.chunk_tokens)
-    return torch.cat(parts).cpu()
+def _check_sampler(trainer: Trainer, batch: Sequence[ScoredRollout], mirrored: Sequence[ScoredRollout]) -> float:
+    """Nats per token; NaN where the sampler's log-probs are not the student's but tempered or truncated."""
+    sampling = trainer.config.rollout.sampling
+    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        return math.nan
+    gap = _sampler_gap(batch, mirrored)
+    if not gap <= SAMPLER_TOLERANCE:  # a NaN dies too
+        raise RunError(
+            f"canary: sampler and learner disagree by {gap:.3g} nats per token on the student's own tokens; "
+            "do engine and learner hold the same weights, dtype and prompt?"
+        )
+    return gap
 
 
 def _sampler_gap(batch: Sequence[ScoredRollout], mirrored: Sequence[ScoredRollout]) -> float:

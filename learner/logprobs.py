@@ -35,6 +35,16 @@ def head_loss(
     return loss, sums
 
 
+@torch.no_grad()
+def id_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_tokens: int) -> Tensor:
+    """Log-probs [N, K] of the ids [N, K] at the states [N, D], a chunk of rows at a time. No gradient."""
+    parts = []
+    for start in range(0, len(hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        parts.append(upcast(hidden[rows] @ head.T).log_softmax(-1).gather(-1, ids[rows]))
+    return torch.cat(parts)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(

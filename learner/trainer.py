@@ -11,11 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from learner.aggregation import Denominators, token_weights
-from learner.logprobs import head_loss, upcast
+from learner.logprobs import head_loss, id_logprobs, upcast
 from learner.model import CausalModel, learning_rate, make_optimizer
 from learner.objective import row_loss
 from learner.packing import Packed, pack, plan_micro_batches
@@ -98,6 +99,16 @@ class Trainer:
         hidden = self.teacher.hidden(_packed(part, masks, [teacher_context(scored.rollout) for scored in part]))
         head = self.teacher.head
         return lambda rows: upcast(hidden[rows] @ head.T)
+
+    def teacher_logprobs(self, scored: ScoredRollout) -> list[float] | None:
+        """The self-teacher's log-prob of every completion token, for people to look at; None without a self-teacher."""
+        if self.teacher is None:
+            return None
+        rollout = scored.rollout
+        hidden = self.teacher.hidden(_packed([scored], [np.ones_like(rollout.loss_mask)], [teacher_context(rollout)]))
+        written = torch.from_numpy(rollout.completion_ids).long().to(hidden.device).unsqueeze(-1)
+        found = id_logprobs(hidden, self.teacher.head, written, chunk_tokens=self.config.learner.chunk_tokens)
+        return [float(value) for value in found.squeeze(-1)]
 
     def _move(self, step: int, loss: float) -> float:
         """Clip, check, step. Returns the gradient's norm before clipping."""

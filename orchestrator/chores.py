@@ -5,12 +5,11 @@ Each chore owns the rule of when it is due, so that the loop needs none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from orchestrator.card import model_card
 from orchestrator.crew import Crew
-from orchestrator.recorder import Recorder
+from orchestrator.recorder import Recorder, share_right
 from potstill.config import RunConfig
 from potstill.environments import Environment
 from potstill.journal import Journal
@@ -64,7 +63,7 @@ class Chores:
             return
         verdicts = await self._crew.evaluate(prompts, "writer" if stage == "teacher" else "student")
         rewards = [reward for verdict in verdicts for reward in verdict.rewards]
-        accuracy = math.fsum(rewards) / len(rewards)
+        accuracy = share_right(rewards)
         self.accuracy[stage] = accuracy
         self._journal.event(
             "eval.finished",

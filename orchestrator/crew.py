@@ -81,7 +81,12 @@ class Crew:
         return await asyncio.gather(*[outcome("rollout worker", w.evaluate.remote(p, who)) for w, p in asked if p])
 
     async def describe(self, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
+        """The rollouts as text, token by token; a self-teacher's log-probs come from the learner, which holds it."""
         records: list[dict[str, Any]] = await outcome("rollout worker", self._workers[0].describe.remote(receipts))
+        annotations = await outcome("learner", self._learner.annotate.remote(receipts))
+        for record, annotation in zip(records, annotations, strict=True):
+            for token, logprob in zip(record["tokens"], annotation or (), strict=annotation is not None):
+                token["teacher_logprob"] = logprob
         return records
 
     async def save(self, folder: Path, *, card: str, extra: dict[str, Any]) -> None:

@@ -38,12 +38,12 @@ class Contestant:
 
 
 def evaluations(events: Sequence[Record]) -> list[Evaluation]:
-    """The eval.finished events that carry an accuracy. Before the first step, no token has been trained on."""
+    """The student's eval.finished events with an accuracy. Before the first step, no token has been trained on."""
     found = []
     for event in events:
         data = event.get("data") or {}
         accuracy = number(data, "accuracy")
-        if event.get("type") != "eval.finished" or accuracy is None:
+        if event.get("type") != "eval.finished" or accuracy is None or data.get("stage") == "teacher":
             continue
         stage, items = str(data.get("stage")), number(data, "items")
         tokens = 0.0 if stage == "before" else number(data, "tokens_trained")

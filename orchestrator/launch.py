@@ -35,7 +35,7 @@ class TeacherAddress:
     """Where a teacher server answers, who answered there, and its process where the run started one itself."""
 
     url: str
-    key: str | None
+    key: str
     identity: TeacherIdentity
     context_length: int
     process: Child | None
@@ -94,7 +94,7 @@ async def teacher(config: RunConfig, log: Path) -> AsyncIterator[TeacherAddress 
     if not isinstance(config.teacher, ServerTeacher) or config.objective.tier is Tier.TEXT:
         yield None
         return
-    if config.teacher.url is not None:
+    if config.teacher.url is not None and config.teacher.secret_ref is not None:
         yield await _meet(config.teacher.url, _secret(config.teacher.secret_ref), config.teacher, None)
         return
     child, key = await _serve(config.teacher, log)
@@ -114,7 +114,7 @@ async def _serve(config: ServerTeacher, log: Path) -> tuple[Child, str]:
     return child, key
 
 
-async def _meet(url: str, key: str | None, config: ServerTeacher, process: Child | None) -> TeacherAddress:
+async def _meet(url: str, key: str, config: ServerTeacher, process: Child | None) -> TeacherAddress:
     client = TeacherClient(url, key=key, deadline_s=config.deadline_s, concurrency=1)
     try:
         found = await client.capabilities()
@@ -159,10 +159,8 @@ def _max_model_len(config: RunConfig) -> int:
     return config.rollout.max_prompt_tokens + config.rollout.sampling.max_new_tokens
 
 
-def _secret(reference: str | None) -> str | None:
+def _secret(reference: str) -> str:
     """The value behind env:NAME or file:PATH. Raises ConfigError naming the reference, never the value."""
-    if reference is None:
-        return None
     kind, _, name = reference.partition(":")
     if kind == "env":
         if name not in os.environ:

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -79,7 +79,7 @@ def _of_rollouts(batch: StepBatch) -> dict[str, float]:
     lengths = [receipt.num_completion_tokens for receipt in receipts]
     staleness = [batch.step - 1 - r.oldest_version for r in receipts if r.oldest_version >= 0]
     found = {
-        "accuracy": statistics.fmean(receipt.reward for receipt in receipts),
+        "accuracy": share_right([receipt.reward for receipt in receipts]),
         "completion_tokens": statistics.fmean(lengths),
         "truncated_fraction": statistics.fmean(r.finish_reason is FinishReason.LENGTH for r in receipts),
         "worker_seconds_generate": sum(receipt.generate_s for receipt in receipts),
@@ -89,3 +89,8 @@ def _of_rollouts(batch: StepBatch) -> dict[str, float]:
     if staleness:
         found |= {"staleness_mean": statistics.fmean(staleness), "staleness_max": float(max(staleness))}
     return found
+
+
+def share_right(rewards: Sequence[float]) -> float:
+    """Of full marks: partial credit is a reward, not a right answer. NaN where anything could not be judged."""
+    return math.nan if any(math.isnan(reward) for reward in rewards) else statistics.fmean(r >= 1 for r in rewards)

@@ -68,6 +68,8 @@ class ServerTeacher(Section):
     def _one_source(self) -> ServerTeacher:
         if (self.url is None) == (self.model is None):
             raise ValueError("name exactly one of teacher.url (a running server) and teacher.model (a folder to serve)")
+        if (self.url is None) != (self.secret_ref is None):
+            raise ValueError("teacher.url goes with teacher.secret_ref, where its key is kept: env:NAME or file:PATH")
         return self
 
 

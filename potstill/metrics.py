@@ -49,7 +49,7 @@ _TABLE = (
     _row("step", "", "optimizer step, counted from 1", ",.0f"),
     _row("loss", "nats", "the objective, as the method defines it", ".4f"),
     _row("reverse_kl", "nats/token", "KL(student ‖ teacher), mean over loss tokens", ".3f"),
-    _row("accuracy", "", "mean verifier score of the step's own rollouts", ".1%"),
+    _row("accuracy", "", "share of the step's own rollouts that the verifier calls right", ".1%"),
     _row("entropy", "nats/token", "entropy of the student's next-token distribution", ".3f"),
     _row("captured_mass", "", "student's probability inside the objective's top-k", ".1%"),
     _row("completion_tokens", "tokens", "mean length of a completion", ",.1f"),

@@ -109,7 +109,7 @@ class Progress:
             self._phase_started(printable(data.get("phase")), number(data, "total_steps"), now)
         elif kind == "eval.finished":
             accuracy = number(data, "accuracy")
-            if accuracy is not None:
+            if accuracy is not None and data.get("stage") != "teacher":
                 self._current(now).held_out.append(accuracy)
         elif kind == "run.failed":
             self.end(State.FAILED, now)

@@ -32,20 +32,21 @@ class RolloutWorker:
         self._teacher: TeacherClient | None = None
 
     async def open(
-        self, config: RunConfig, max_model_len: int, teacher: tuple[str, str | None, TeacherIdentity] | None
+        self, config: RunConfig, max_model_len: int, teacher: tuple[str, str, TeacherIdentity] | None
     ) -> None:
         """Load what the run needs. `teacher` is url, key and identity of the server that scores, where one does."""
         await self.close()
-        url, key, identity = teacher or (None, None, None)
-        if url is not None and isinstance(config.teacher, ServerTeacher):
+        self._tokenizer = load_tokenizer(config.student.model)
+        identity = None
+        if teacher is not None and isinstance(config.teacher, ServerTeacher):
+            url, key, identity = teacher
+            if identity.tokenizer_fingerprint != fingerprint(self._tokenizer):
+                raise TokenizerMismatch(
+                    f"teacher {identity.name!r} reads other tokens than student {config.student.model!r}: "
+                    "their tokenizers differ, so its scores would be of other text"
+                )
             self._teacher = TeacherClient(
                 url, key=key, deadline_s=config.teacher.deadline_s, concurrency=config.teacher.concurrency
-            )
-        self._tokenizer = load_tokenizer(config.student.model)
-        if identity is not None and identity.tokenizer_fingerprint != fingerprint(self._tokenizer):
-            raise TokenizerMismatch(
-                f"teacher {identity.name!r} reads other tokens than student {config.student.model!r}: "
-                "their tokenizers differ, so its scores would be of other text"
             )
         student = self._student = self._engine(config, config.student.model, max_model_len)
         self._collector = Collector(

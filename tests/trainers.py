@@ -69,6 +69,7 @@ def make_config(
     student: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     learner: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
     steps: int = 10,
 ) -> RunConfig:
     """A run's config; what a trainer does not read is filled with anything valid."""
@@ -78,9 +79,11 @@ def make_config(
             "method": method,
             "objective": dict(objective or {}),
             "student": {"model": "unused", **(student or {})},
-            "teacher": dict(teacher or {"kind": "server", "url": "http://127.0.0.1:1"}),
+            "teacher": dict(
+                teacher or {"kind": "server", "url": "http://127.0.0.1:1", "secret_ref": "env:TEACHER_KEY"}
+            ),
             "data": {"kind": "jsonl", "path": "unused"},
-            "rollout": {"prompts_per_step": 1, "sampling": {"max_new_tokens": 1}},
+            "rollout": {"prompts_per_step": 1, "sampling": {"max_new_tokens": 1, "temperature": temperature}},
             "optim": {"lr": 1e-2, **(optim or {})},
             "learner": dict(learner or {}),
             "loop": {"steps": steps},

@@ -139,6 +139,11 @@ def test_a_sampler_with_other_weights_is_found(method: dict[str, Any]) -> None:
         canaries.check(make_trainer(seed=STUDENT, **method), honest_batch(sampler=TEACHER))
 
 
+def test_a_tempered_sampler_is_not_compared_with_the_student_at_temperature_one() -> None:
+    found = canaries.check(make_trainer(seed=STUDENT, temperature=0.8, **METHODS["opd"]), honest_batch(sampler=7))
+    assert math.isnan(found["sampler_gap"])
+
+
 def test_a_sampler_that_reports_no_log_probs_is_found() -> None:
     batch = honest_batch()
     silent = make_rollout(completion=[1, 2], student=[-1.0, math.nan], support_ids=[[1, 2, 3]] * 2)

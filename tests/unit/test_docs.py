@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from orchestrator import quickstart
-from potstill import recipes
+from potstill import config_page, recipes
 from potstill.cli import app
 from potstill.config import ScratchConfig, load, read_mapping
 
@@ -42,6 +42,10 @@ def test_make_targets_in_examples_exist(page: Path):
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     used = set(re.findall(r"(?:^|`)(?:\$ )?make ([a-z-]+)", page.read_text(), flags=re.MULTILINE))
     assert used <= known
+
+
+def test_the_page_of_settings_is_the_one_that_the_config_makes():
+    assert (ROOT / "docs" / "config.md").read_text() == config_page.page()
 
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=names(SHIPPED))

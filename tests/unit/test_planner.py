@@ -13,7 +13,7 @@ from potstill.errors import ConfigError, PlanError
 from potstill.planner import num_parameters, plan
 from tests.tiny_models import save_tiny_model
 
-SERVER = {"kind": "server", "url": "http://127.0.0.1:1"}
+SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "secret_ref": "env:TEACHER_KEY"}
 SERVED_HERE = {"kind": "server", "model": "models/teacher"}
 SELF = {"kind": "self", "privileged_template": "{prompt} {answer}"}
 NONE = {"kind": "none"}
