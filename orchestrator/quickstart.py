@@ -76,7 +76,8 @@ def run(name: str, *, engine: str | None, seed: int, runs: Path, quiet: bool) ->
     with make_display(
         None, f"potstill quickstart: {name}", file=sys.stderr if quiet else sys.stdout, phases=phases
     ) as display:
-        quickstart = Quickstart(recipe, engine=engine, seed=seed, runs=runs, folder=folder, display=display)
+        changes = [f"rollout.engine={engine}"] if engine else []
+        quickstart = Quickstart(recipe, seed=seed, changes=changes, runs=runs, folder=folder, display=display)
         report = until_done(quickstart.run)
     report["recipe"] = name
     write_json(folder / "report.json", report)
@@ -88,14 +89,14 @@ class Quickstart:
     """One start of one recipe."""
 
     def __init__(
-        self, recipe: Recipe, *, engine: str | None, seed: int, runs: Path, folder: Path, display: Display
+        self, recipe: Recipe, *, seed: int, changes: list[str], runs: Path, folder: Path, display: Display
     ) -> None:
         self._recipe = recipe
         self._seed = seed
         self._folder = folder
         self._cache = runs / "cache"
         self._display = display
-        self._changes = [f"rollout.engine={engine}"] if engine else []
+        self._changes = changes  # to every phase alike
 
     async def run(self) -> dict[str, Any]:
         """All phases; the report of the distillation with those of its preparations and control folded in."""
@@ -154,7 +155,7 @@ class Quickstart:
         return [f"teacher.model={model}"] if self._recipe.teacher else []
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any], runs: Path) -> str:
     """Three lines for the terminal."""
     control = report["sft_control"]
     return (
@@ -162,7 +163,7 @@ def summary(report: Mapping[str, Any]) -> str:
         f"   sft control {control['student_after']:.1%}   teacher {report['teacher']:.1%}\n"
         f"{report['tokens_trained']:,} tokens trained in {report['seconds_total']:.0f} s; everything took"
         f" {report['seconds_recipe']:.0f} s and at most {report['peak_rss_bytes'] / 2**30:.1f} GiB\n"
-        f"report: {Path('runs') / report['run_id'] / 'report.html'}"
+        f"report: {runs / report['run_id'] / 'report.html'}"
     )
 
 

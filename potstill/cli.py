@@ -110,7 +110,7 @@ def quickstart(
     from orchestrator import quickstart as recipes
 
     report = recipes.run(recipe, engine=engine, seed=seed, runs=runs, quiet=as_json)
-    print_json(report) if as_json else typer.echo(recipes.summary(report))
+    print_json(report) if as_json else typer.echo(recipes.summary(report, runs))
 
 
 @app.command()

@@ -14,6 +14,7 @@ def test_each_preset_needs_no_more_of_a_teacher_than_its_formula_reads():
         "opd_sampled": Tier.SAMPLED,
         "gkd": Tier.TOPK,
         "opsd": Tier.FULL,
+        "opsd_reverse": Tier.FULL,
         "sft": Tier.TEXT,
     }
 

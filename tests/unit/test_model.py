@@ -106,16 +106,16 @@ def test_warm_up_is_linear_and_then_constant() -> None:
     assert rates(optim(lr=0.4, warmup_steps=4), steps=6) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
-def test_linear_falls_to_the_ratio_at_the_last_step() -> None:
+def test_linear_falls_towards_the_ratio_and_its_last_step_still_moves() -> None:
     found = rates(optim(schedule="linear", warmup_steps=1, min_lr_ratio=0.2), steps=5)
-    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert found == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4])
 
 
-def test_cosine_is_half_way_in_the_middle_and_ends_at_the_ratio() -> None:
+def test_cosine_is_half_way_in_the_middle_and_falls_towards_the_ratio() -> None:
     found = rates(optim(schedule="cosine", min_lr_ratio=0.1), steps=4)
-    assert found == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2 for part in (0.25, 0.5, 0.75, 1)])
-    assert found[1] == pytest.approx(0.55)
-    assert found[3] == pytest.approx(0.1)
+    assert found == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2 for part in (0, 0.25, 0.5, 0.75)])
+    assert found[2] == pytest.approx(0.55)
+    assert found[3] > 0.1
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

@@ -1,0 +1,56 @@
+"""Both recipes of the quickstart, every phase, two steps each: they prepare, distil, compare and report."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.foreground import until_done
+from orchestrator.quickstart import RECIPES, Quickstart
+from orchestrator.report import write_report
+from potstill.display import make_display
+from potstill.journal import read_jsonl, write_json
+
+SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
+SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
+
+
+def quickstart(name: str, runs: Path) -> dict[str, Any]:
+    recipe = RECIPES[name]
+    phases = dict.fromkeys([*recipe.prepared, recipe.distil, recipe.control])
+    with make_display(None, name, file=io.StringIO(), phases=phases) as display:
+        started = Quickstart(recipe, seed=0, changes=SHORT, runs=runs, folder=runs / name, display=display)
+        return until_done(started.run)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_every_phase_and_reports_it(name: str, tmp_path: Path):
+    report = quickstart(name, tmp_path)
+    assert report["steps"] == 2
+    assert report["tokens_trained"] > 0
+    assert 0 <= report["teacher"] <= 1
+    assert report["sft_control"]["tokens_trained"] > 0
+    control = list(read_jsonl(tmp_path / name / "sft_control" / "metrics.jsonl"))
+    assert control[-1]["tokens_trained"] >= report["tokens_trained"] or len(control) == 2
+    prepared = {
+        path.name.rsplit("-", 1)[0] for path in (tmp_path / "cache").glob("*-*") if (path / "status.json").exists()
+    }
+    assert prepared == set(RECIPES[name].prepared)
+    samples = list(read_jsonl(tmp_path / name / "samples.jsonl"))
+    assert all(token["teacher_logprob"] is not None for sample in samples for token in sample["tokens"])
+    write_json(tmp_path / name / "report.json", report)
+    write_report(tmp_path / name)
+    assert "SFT control" in (tmp_path / name / "report.html").read_text()
+
+
+def test_a_second_start_takes_the_preparations_from_the_cache(tmp_path: Path):
+    quickstart("opsd", tmp_path)
+    (tmp_path / "opsd").rename(tmp_path / "first")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("status.json")}
+    quickstart("opsd", tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("status.json")} == before
+    assert json.loads((tmp_path / "opsd" / "status.json").read_text())["status"] == "succeeded"
