@@ -2,7 +2,7 @@
 
     python -m bench.steady_state [--steps 8] [--engines transformers vllm]
 
-The workload of the runtime notes: student of about 3M and teacher of about 12M parameters (Qwen3, vocabulary 4096,
+Student of 2.5M and teacher of 10.4M parameters (Qwen3, vocabulary 4096,
 float32, random weights), prompts of 64 tokens, 128 new tokens, 32 rollouts a step, student-top-k reverse KL, through
 Ray, HTTP and weights published after every step. The first steps are warm-up and left out; figures are medians.
 """
@@ -67,6 +67,7 @@ def config(scratch: Path, engine: str, steps: int) -> RunConfig:
             "rollout": {
                 "engine": engine,
                 "prompts_per_step": ROLLOUTS,
+                "max_prompt_tokens": 2 * PROMPT_TOKENS,
                 "sampling": {"max_new_tokens": NEW_TOKENS},
             },
             "optim": {"lr": 1e-4},
