@@ -39,8 +39,9 @@ check: setup ## style, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-docs: setup ## remake docs/config.md from the config
+docs: setup ## remake docs/config.md from the config and docs/methods.md from the presets
 	$(PYTHON) -m potstill.config_page > docs/config.md
+	$(PYTHON) -m potstill.methods_page > docs/methods.md
 
 bench: setup ## the figures of the docs, as JSON
 	$(PYTHON) -m bench.steady_state

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.aggregation import Denominators
 from learner.logprobs import id_logprobs
 from learner.packing import pack
 from learner.supports import log_rest
-from learner.targets import aligned, trainable
-from learner.trainer import Trainer
+from learner.targets import aligned
+from learner.trainer import Trainer, totals
 from potstill.errors import RunError, SignalLost
 from potstill.types import IntArray, ScoredRollout, ScoreStatus
 
@@ -112,7 +111,7 @@ def _scrambled(batch: Sequence[ScoredRollout]) -> list[ScoredRollout]:
     scores = [aligned(scored) for scored in batch]
     ends = np.cumsum([len(s.sampled) for s in scores])[:-1]
     changes: list[dict[str, Any]] = [{} for _ in batch]
-    for name in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail"):
+    for name in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy"):
         if getattr(scores[0], name) is None:
             continue
         shifted = np.roll(np.concatenate([getattr(s, name) for s in scores]), 1, axis=0)
@@ -125,10 +124,8 @@ def _scrambled(batch: Sequence[ScoredRollout]) -> list[ScoredRollout]:
 
 
 def _loss_and_gradient(trainer: Trainer, batch: Sequence[ScoredRollout]) -> tuple[float, Tensor]:
-    masks = [trainable(scored, trainer.config.objective) for scored in batch]
-    counts = [int(mask.sum()) for mask in masks]
-    denominators = Denominators(num_loss_tokens=sum(counts), num_sequences=sum(count > 0 for count in counts))
-    loss = trainer.accumulate(batch, masks, denominators)["loss"]
+    masks = trainer.masks(batch)
+    tally = trainer.accumulate(batch, masks, totals(batch, masks), step=1)
     gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None])
     trainer.optimizer.zero_grad(set_to_none=True)
-    return loss, gradient
+    return sum(loss.item() for loss in tally.losses.values()), gradient

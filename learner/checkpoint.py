@@ -59,7 +59,7 @@ def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: M
 
 
 def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Put weights, optimizer, self-teacher and version back as they were. Returns `extra`.
+    """Put weights, optimizer, teacher, schedules and version back as they were. Returns `extra`.
 
     Raises ConfigError naming the first file that is missing or damaged.
     """
@@ -76,8 +76,9 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
             for kind in state["moments"]
             if (key := f"{name}/{kind}") in moments  # a parameter that never had a gradient has none
         }
-    if trainer.teacher is not None and (folder / "trainer" / "teacher.safetensors").exists():
-        trainer.teacher.load(load_file(folder / "trainer" / "teacher.safetensors"))
+    teacher = folder / "trainer" / "teacher.safetensors"
+    trainer.inner.load(load_file(teacher) if teacher.exists() else {})
+    trainer.schedules.load(state["schedules"])
     trainer.version = state["version"]
     return dict(state["extra"])
 
@@ -133,9 +134,10 @@ def _write_trainer(trainer: Trainer, folder: Path, extra: Mapping[str, Any]) -> 
             kinds.add(kind)
     save_file({n: p.detach().cpu().contiguous() for n, p in trainable.items()}, folder / "student.safetensors")
     save_file(moments, folder / "optimizer.safetensors")
-    if trainer.teacher is not None and (teacher := trainer.teacher.state()):
+    if teacher := trainer.inner.state():
         save_file(teacher, folder / "teacher.safetensors")
-    write_json(folder / "state.json", {"version": trainer.version, "moments": sorted(kinds), "extra": dict(extra)})
+    state = {"version": trainer.version, "moments": sorted(kinds), "schedules": trainer.schedules.state()}
+    write_json(folder / "state.json", {**state, "extra": dict(extra)})
 
 
 def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

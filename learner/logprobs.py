@@ -1,8 +1,9 @@
 """From hidden states to a loss without ever holding [tokens × vocabulary].
 
 The output head is the largest product of a small model and the largest tensor of any. Logits exist for one chunk of
-rows at a time, in float32; the chunk's loss and its gradient with respect to those logits are formed at once, folded
-into the gradients of hidden states and head, and the chunk is forgotten. One pass, nothing recomputed.
+rows at a time, as many as the products want. The loss is taken of a block of them, as few as a CPU's caches want, in
+float32; its gradient with respect to the logits takes their place. A chunk of gradients is folded into those of hidden
+states and head, and forgotten. One pass, nothing recomputed.
 
 The row loss is any function of logits: this file knows no objective.
 """
@@ -10,29 +11,54 @@ The row loss is any function of logits: this file knows no objective.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-RowLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
-"""(logits [C, V] in float32, rows) → (loss [C], metrics {name: [C]}). `rows` says which rows of the batch these are."""
+CACHED_LOGITS = 2**18
+"""Of a block on a CPU, 1 MiB in float32: what a loss makes of a block stays in a cache, and in the allocator's pool."""
+
+RowLoss = Callable[[Tensor, slice], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+"""(logits [C, V] in float32, rows) → (losses by term, to be added up; measures {name: [c]} of c ≤ C of the rows).
+
+`rows` says which rows of the batch these are. It keeps no view of the logits, which are overwritten. Where no row
+counts there are no losses.
+"""
 
 
-def head_loss(
-    hidden: Tensor, head: Tensor, row_loss: RowLoss, *, weights: Tensor, chunk_tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ weights · loss over all rows, differentiable in hidden and head, and each metric's plain sum over rows.
+@dataclass(slots=True)
+class Tally:
+    """What a pass over the rows adds up to. A measure that is NaN in a row makes its sum NaN: missing is not zero."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)  # each term's part of the loss
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of each measure, over the rows that have it
+    counts: dict[str, int] = field(default_factory=dict)  # and how many those are
+
+    def add(self, losses: Mapping[str, Tensor], measures: Mapping[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + loss.detach().double()
+        for name, rows in measures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + rows.detach().sum(dtype=torch.float64)
+            self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def merge(self, other: Tally) -> None:
+        """Add another pass, e.g. of the next micro-batch."""
+        for own, others in ((self.losses, other.losses), (self.sums, other.sums), (self.counts, other.counts)):
+            for name, value in others.items():
+                own[name] = own[name] + value if name in own else value  # type: ignore[assignment]
+
+
+def head_loss(hidden: Tensor, head: Tensor, row_loss: RowLoss, *, chunk_tokens: int) -> tuple[Tensor, Tally]:
+    """The sum of all losses over all rows, differentiable in hidden and head, and the tally of its parts.
 
     hidden   [N, D] states that predict the N loss tokens
     head     [V, D] weight of the output layer
-    weights  [N]    from aggregation.token_weights
-
-    A metric that is NaN in a row makes its sum NaN: missing is not zero.
     """
-    sums: dict[str, Tensor] = {}
-    loss = _HeadLoss.apply(hidden, head, row_loss, weights, chunk_tokens, sums)  # type: ignore[no-untyped-call]
-    return loss, sums
+    tally = Tally()
+    loss = _HeadLoss.apply(hidden, head, row_loss, chunk_tokens, tally)  # type: ignore[no-untyped-call]
+    return loss, tally
 
 
 @torch.no_grad()
@@ -52,46 +78,74 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         row_loss: RowLoss,
-        weights: Tensor,
         chunk_tokens: int,
-        sums: dict[str, Tensor],
+        tally: Tally,
     ) -> Tensor:
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_head = torch.zeros_like(head) if need_head else None
-        total = torch.zeros((), dtype=accumulator(hidden.dtype), device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_head = torch.zeros_like(head, dtype=accumulator(head.dtype)) if need_head else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head))
         for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, len(hidden)))
-            logits = upcast(hidden[rows] @ head.T)
-            loss, gradient = _chunk(logits, row_loss, weights[rows], rows, sums, need_hidden or need_head)
+            states = hidden[start : start + chunk_tokens]
+            logits = torch.mm(states, head.T, out=buffer[: len(states)])
+            loss, learns = _replaced_by_gradient(logits, start, row_loss, tally, need_hidden or need_head)
             total += loss
-            if gradient is None:
+            if not learns:
                 continue
-            gradient = gradient.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(gradient, head, out=grad_hidden[rows])
+                torch.mm(logits, head, out=grad_hidden[start : start + chunk_tokens])
             if grad_head is not None:
-                grad_head.addmm_(gradient.T, hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
-        return total
+                _add_product(grad_head, logits.T, states)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        return total.to(accumulator(hidden.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_head, None, None, None, None
+        return grad_hidden, grad_head, None, None, None
 
 
-def _chunk(
-    logits: Tensor, row_loss: RowLoss, weights: Tensor, rows: slice, sums: dict[str, Tensor], need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    logits.requires_grad_(need_grad)
-    with torch.set_grad_enabled(need_grad):
-        losses, metrics = row_loss(logits, rows)
-        loss = (losses * weights).sum()
-    for name, values in metrics.items():
-        value = values.detach().sum(dtype=torch.float64)
-        sums[name] = value if name not in sums else sums[name] + value
-    return loss.detach(), torch.autograd.grad(loss, logits)[0] if need_grad else None
+def _replaced_by_gradient(
+    logits: Tensor, start: int, row_loss: RowLoss, tally: Tally, need_grad: bool
+) -> tuple[Tensor, bool]:
+    """The loss of a chunk whose first row is `start`, and whether it has a gradient.
+
+    Its logits make way for the gradient with respect to them.
+    """
+    learns = False
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for block in torch.split(logits, _rows_at_once(logits)):
+        own = upcast(block.detach()).requires_grad_(need_grad)
+        with torch.set_grad_enabled(need_grad):
+            losses, measures = row_loss(own, slice(start, start + len(block)))
+            loss = sum(losses.values(), start=torch.zeros_like(total))
+        tally.add(losses, measures)
+        total += loss.detach()
+        if loss.requires_grad:
+            block.copy_(torch.autograd.grad(loss, own)[0])
+            learns = True
+        else:  # no row of this block counts
+            block.zero_()
+        start += len(block)
+    return total, learns
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose loss is taken together: all, but on a CPU few, and still one for each thread."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(torch.get_num_threads(), CACHED_LOGITS // logits.shape[-1])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [V, D] += left [V, C] @ right [C, D]; a total of a wider dtype takes it in parts no larger than left."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    num_rows = max(1, left.numel() // right.shape[-1])
+    for part, rows in zip(torch.split(total, num_rows), torch.split(left, num_rows), strict=True):
+        part += rows @ right
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

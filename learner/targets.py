@@ -1,38 +1,49 @@
-"""From scored rollouts to the tensors that the loss reads. Where masks, missing scores and denominators are settled.
+"""From scored rollouts to the facts of a micro-batch. Where masks, missing scores and alignment are settled.
 
 Refuses scores that are not for the tokens at hand: ids, lengths and finiteness are checked here, before any gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.objective import Targets
+from learner.aggregation import budget_keep
+from learner.facts import ORIGINS, Facts
+from potstill.algebra.aggregations import TokenBudget
+from potstill.algebra.gates import Confidence
+from potstill.algebra.objective import Objective
+from potstill.algebra.supports import RandomSampling, StudentTopK, TeacherTopK
 from potstill.errors import AlignmentError
-from potstill.methods import Objective
 from potstill.types import BoolArray, IntArray, Rollout, ScoredRollout, ScoreStatus, TeacherScores
 
+SCORES = ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy")
 
-def trainable(scored: ScoredRollout, objective: Objective) -> BoolArray:
-    """[T] loss tokens that carry everything the objective reads. The others are masked, and counted by the caller."""
-    rollout = scored.rollout
-    if objective.divergence == "nll":
-        return rollout.loss_mask
-    mask = rollout.loss_mask & (rollout.weight_versions >= 0)
-    if objective.support == "full":
-        return mask
-    scores = aligned(scored)
-    if scores.status != ScoreStatus.OK:
+
+def trainable(scored: ScoredRollout, objective: Objective, *, inside: bool) -> BoolArray:
+    """[T] loss tokens that carry everything the objective reads. The others are masked, and counted by the caller.
+
+    inside  the teacher is in the learner: nothing that it says of a token can be missing
+    """
+    rollout, own = scored.rollout, scored.rollout.origin
+    mask: BoolArray = rollout.loss_mask.copy()
+    if own != "others":
+        mask &= rollout.weight_versions >= 0
+    terms = [term for term in objective.terms.values() if term.over in {"all", own}]
+    if not terms:
         return np.zeros_like(mask)
-    finite: BoolArray = np.isfinite(scores.sampled)
-    if objective.support == "sampled":
-        finite &= np.isfinite(rollout.student_logprobs)
-    finite &= mask
-    return finite
+    if any(term.needs_sampler for term in terms):
+        mask &= np.isfinite(rollout.student_logprobs)
+    if not inside and objective.scored(own):
+        scores = aligned(scored)
+        mask &= np.isfinite(scores.sampled) if scores.status == ScoreStatus.OK else False
+    return mask
 
 
 def aligned(scored: ScoredRollout) -> TeacherScores:
@@ -40,7 +51,7 @@ def aligned(scored: ScoredRollout) -> TeacherScores:
     rollout, scores = scored.rollout, scored.scores
     if scores is None:
         raise AlignmentError(f"rollout {rollout.id} carries no teacher's scores")
-    for name in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail"):
+    for name in SCORES:
         value = getattr(scores, name)
         if value is not None and len(value) != len(rollout.completion_ids):
             raise AlignmentError(
@@ -49,59 +60,135 @@ def aligned(scored: ScoredRollout) -> TeacherScores:
     return scores
 
 
-def teacher_context(rollout: Rollout) -> IntArray:
-    """What a teacher inside the learner reads before the completion. Raises AlignmentError when it was not rendered."""
+def teacher_context(rollout: Rollout, *, privileged: bool) -> IntArray:
+    """What a teacher inside the learner reads before the completion.
+
+    privileged  it has a prompt of its own. Raises AlignmentError where that was not rendered.
+    """
+    if not privileged:
+        return rollout.prompt_ids
     if rollout.teacher_context_ids is None:
-        raise AlignmentError(f"rollout {rollout.id} has no teacher_context_ids for the self-teacher to read")
+        raise AlignmentError(f"rollout {rollout.id} has no teacher_context_ids for the teacher to read")
     return rollout.teacher_context_ids
 
 
-def targets(
+def gather(
     batch: Sequence[ScoredRollout],
     masks: Sequence[BoolArray],
     objective: Objective,
+    *,
     device: torch.device,
-    teacher_logits: Callable[[slice], Tensor] | None,
-) -> Targets:
-    """Targets of the batch's loss tokens, in packed order."""
+    step: int,
+    inside: bool,
+    rewards: Mapping[str, Sequence[float]],
+) -> Facts:
+    """Facts of the batch's loss tokens, in packed order; what the models know (look.py, logits) comes later.
+
+    rewards  by name of a field of Facts, one number a rollout: what rewards.py made of the whole step
+    """
     rollouts = [scored.rollout for scored in batch]
-    token_ids = _gather([r.completion_ids for r in rollouts], masks, device).long()
-    if objective.divergence == "nll":
-        return Targets(token_ids=token_ids)
-    if objective.support == "full":
-        return Targets(token_ids=token_ids, teacher_logits=teacher_logits)
-    scores = [aligned(scored) for scored in batch]
-    if objective.support == "sampled":
-        return Targets(
-            token_ids=token_ids,
-            behaviour=_gather([r.student_logprobs for r in rollouts], masks, device),
-            teacher=_gather([s.sampled for s in scores], masks, device),
-        )
-    supports = [_support(r, s, objective) for r, s in zip(rollouts, scores, strict=True)]
-    ids, logprobs, rest = zip(*supports, strict=True)
-    return Targets(
-        token_ids=token_ids,
-        support_ids=_gather(ids, masks, device).long(),
-        teacher_support=_gather(logprobs, masks, device),
-        teacher_rest=_gather(rest, masks, device),
+    lengths = [int(mask.sum()) for mask in masks]
+    fields: dict[str, Any] = {name: _spread(values, lengths, device) for name, values in rewards.items()}
+    if any(term.needs_sampler for term in objective.terms.values()):
+        fields["behaviour"] = _gather([r.student_logprobs for r in rollouts], masks, device)
+    if not inside and objective.tier > 0:
+        fields |= _scores(batch, masks, objective, device)
+    if draws := _draws(objective):
+        uniforms = [_uniforms(r, draws, step) for r in rollouts]
+        fields["uniforms"] = _gather(uniforms, masks, device)
+    origins = [ORIGINS[rollout.origin] for rollout in rollouts]
+    return Facts(
+        token_ids=_gather([r.completion_ids for r in rollouts], masks, device).long(),
+        lengths=tuple(lengths),
+        positions=torch.from_numpy(np.concatenate([np.flatnonzero(mask) for mask in masks])).to(device),
+        origin=torch.tensor(origins, device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+        prompts=tuple(r.prompt_id for r in rollouts),
+        domains=tuple(r.domain for r in rollouts),
+        teachers=tuple("" if s.scores is None else s.scores.identity.name for s in batch),
+        **fields,
     )
 
 
-def _support(
-    rollout: Rollout, scores: TeacherScores, objective: Objective
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if objective.support == "student_topk":
-        fields = (rollout.support_ids, scores.ids_logprobs, scores.ids_tail)
-    else:
-        fields = (scores.topk_ids, scores.topk_logprobs, scores.topk_tail)
-    ids, logprobs, rest = fields
-    if ids is None or logprobs is None or rest is None:
-        raise AlignmentError(f"rollout {rollout.id} was not scored over the {objective.support} that the method reads")
-    if ids.shape != logprobs.shape:
-        raise AlignmentError(f"rollout {rollout.id}: {ids.shape} ids but {logprobs.shape} log-probs")
-    return ids, logprobs, rest
+def _scores(
+    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, device: torch.device
+) -> dict[str, Tensor]:
+    """What a teacher behind HTTP said. A rollout that no term compares with it may have no scores: NaN, never read."""
+    fields = {"teacher": "sampled"}
+    terms = [term for term in objective.terms.values() if term.reads_scores]
+    supports = [term.support for term in terms]
+    sure = any(isinstance(gate, Confidence) for term in terms for gate in term.gates)
+    if any(isinstance(support, StudentTopK) for support in supports):
+        fields |= {"teacher_support": "ids_logprobs", "teacher_rest": "ids_tail"}
+    if sure or any(isinstance(support, TeacherTopK) for support in supports):
+        fields |= {"topk_ids": "topk_ids", "teacher_topk": "topk_logprobs", "topk_rest": "topk_tail"}
+    if any(scored.scores is not None and scored.scores.entropy is not None for scored in batch):
+        fields["teacher_entropy"] = "entropy"
+    found = {field: _gather(_column(batch, name), masks, device) for field, name in fields.items()}
+    if "teacher_support" in found:
+        found["support_ids"] = _gather(_own_support(batch), masks, device).long()
+        if found["support_ids"].shape != found["teacher_support"].shape:
+            raise AlignmentError("the teacher scored other ids than those that the student chose")
+    if "topk_ids" in found:
+        found["topk_ids"] = found["topk_ids"].long()
+    return found
 
 
-def _gather(values: Sequence[np.ndarray], masks: Sequence[BoolArray], device: torch.device) -> Tensor:
+def _column(batch: Sequence[ScoredRollout], name: str) -> list[NDArray[Any]]:
+    """One field of every rollout's scores; NaN (ids: 0) for a rollout that was not scored, which no term reads."""
+    known = [None if s.scores is None else getattr(aligned(s), name) for s in batch]
+    like = next((value for value in known if value is not None), None)
+    if like is None:
+        raise AlignmentError(f"the teacher did not send {name}, which the method reads")
+    missing = 0 if np.issubdtype(like.dtype, np.integer) else np.nan
+    return [
+        np.full((len(s.rollout.completion_ids), *like.shape[1:]), missing, like.dtype) if value is None else value
+        for s, value in zip(batch, known, strict=True)
+    ]
+
+
+def _own_support(batch: Sequence[ScoredRollout]) -> list[IntArray]:
+    """The ids that the student chose when it wrote; 0 for text that it did not write."""
+    like = next((s.rollout.support_ids for s in batch if s.rollout.support_ids is not None), None)
+    if like is None:
+        raise AlignmentError("no rollout carries support_ids: the student's top-k was not kept when it wrote")
+    return [
+        np.zeros((len(s.rollout.completion_ids), like.shape[1]), like.dtype)
+        if s.rollout.support_ids is None
+        else s.rollout.support_ids
+        for s in batch
+    ]
+
+
+def _draws(objective: Objective) -> int:
+    """Random numbers that the objective wants at every token."""
+    drawn = [t.support.draws for t in objective.terms.values() if isinstance(t.support, RandomSampling)]
+    noisy = [2 for t in objective.terms.values() if getattr(t.target, "noise", 0) > 0]
+    return max([*drawn, *noisy], default=0)
+
+
+def _uniforms(rollout: Rollout, draws: int, step: int) -> NDArray[np.float64]:
+    """[T, draws] of [0, 1): by completion and step alone, so that no split of the batch changes a number."""
+    digest = hashlib.blake2b(f"{rollout.id}/{step}".encode(), digest_size=8).digest()
+    random = np.random.default_rng(int.from_bytes(digest, "big"))
+    return random.random((len(rollout.completion_ids), draws))
+
+
+def _spread(values: Sequence[float], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """One number a rollout → one a loss token."""
+    return torch.tensor(values, dtype=torch.float64, device=device).repeat_interleave(
+        torch.tensor(lengths, device=device)
+    )
+
+
+def _gather(values: Sequence[NDArray[Any]], masks: Sequence[BoolArray], device: torch.device) -> Tensor:
     kept = [value[mask] for value, mask in zip(values, masks, strict=True)]
     return torch.from_numpy(np.concatenate(kept)).to(device)
+
+
+def budgeted(masks: Sequence[BoolArray], objective: Objective, *, step: int) -> list[BoolArray]:
+    """The masks with what exceeds a token budget taken away (C3PO); unchanged without one."""
+    budget = next((t.aggregation for t in objective.terms.values() if isinstance(t.aggregation, TokenBudget)), None)
+    if budget is None:
+        return list(masks)
+    keep = budget_keep([int(mask.sum()) for mask in masks], tokens=budget.tokens, seed=step)
+    return [mask & (np.cumsum(mask) <= kept) for mask, kept in zip(masks, keep, strict=True)]

@@ -28,7 +28,7 @@ from orchestrator.reporting import Report
 from orchestrator.runs import State, event_resource, run_resource
 from orchestrator.store import Store
 from orchestrator.supervisor import Supervisor
-from potstill.config import parse
+from potstill.config_file import parse
 from potstill.errors import ConfigError, ServiceError
 
 RETRY_MS = 3000

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from orchestrator.card import model_card
 from orchestrator.crew import Crew
 from orchestrator.recorder import Recorder, share_right
-from potstill.config import RunConfig
+from potstill.config import RunConfig, ServerTeacher
 from potstill.environments import Environment
 from potstill.journal import Journal
-from potstill.methods import Tier
 from potstill.types import Prompt, StepBatch
 
 SAMPLED_STEPS = 5  # steps of a run whose first rollouts are kept as samples
@@ -34,7 +33,7 @@ class Chores:
     async def before(self) -> None:
         """The student as it is, and the teacher where a rollout worker holds it."""
         await self._evaluate("before", self._held_out)
-        if self._config.rollout.source == "teacher":
+        if "teacher" in {self._config.rollout.source, self._config.rollout.beside}:
             await self._evaluate("teacher", self._held_out)
 
     async def canaries(self, batch: StepBatch) -> None:
@@ -93,5 +92,7 @@ class Chores:
 
     @property
     def _scored_over_http(self) -> bool:
-        objective = self._config.objective
-        return self._config.rollout.source == "student" and objective.tier in {Tier.SAMPLED, Tier.TOPK, Tier.IDS}
+        """Whether the loss is of what a teacher behind HTTP said of the student's text, and 0 where they agree."""
+        alone = self._config.rollout.source == "student" and self._config.rollout.beside == "none"
+        only_teacher = all(term.vanishes_at_teacher for term in self._config.objective.terms.values())
+        return alone and only_teacher and isinstance(self._config.teacher, ServerTeacher)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from potstill.journal import Status
 from potstill.metrics import METRICS, MISSING, number
 
 Record = Mapping[str, Any]
@@ -75,11 +76,25 @@ def wilson(accuracy: float, items: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def headline(report: Record, events: Sequence[Record]) -> str:
+def unfinished(subject: str, status: Record, config: Record, metrics: Sequence[Record]) -> str | None:
+    """That a run has no result, since which step and why, in one sentence; None when it succeeded.
+
+    Example: "The run failed after step 41 of 200: the learner's process died".
+    """
+    state, where = status.get("status"), _progress(config, metrics)
+    if state == Status.SUCCEEDED:
+        return None
+    if state == Status.FAILED:
+        return f"{subject} failed {where}: {_error(status).get('message') or 'no reason was recorded'}"
+    if state == Status.CANCELLED:
+        return f"{subject} was cancelled {where}."
+    if state is None:
+        return f"{subject} never started: its folder holds no status."
+    return f"{subject} has not ended: it was last seen {state}, {where}."
+
+
+def headline(report: Record) -> str:
     """What was achieved, in one sentence."""
-    failure = next((event for event in events if event.get("type") == "run.failed"), None)
-    if failure is not None:
-        return f"The run failed: {failure.get('message') or 'no reason was recorded'}"
     before, after = number(report, "student_before"), number(report, "student_after")
     name = str(report.get("metric") or "accuracy")
     if before is None and after is None:
@@ -122,6 +137,19 @@ def facts(report: Record) -> list[tuple[str, str]]:
     ]
 
 
+def facts_so_far(status: Record, config: Record, metrics: Sequence[Record]) -> list[tuple[str, str]]:
+    """In place of `facts` for a run without a result: who it was and how far it came."""
+    error = _error(status)
+    return [
+        ("status", str(status.get("status") or "not recorded")),
+        ("error", f"{error.get('type')}, a problem of the {error.get('category')}" if error else "none recorded"),
+        ("method", str(config.get("method") or "not recorded")),
+        ("seed", _whole(number(config, "seed"), missing="not recorded")),
+        ("last step", _progress(config, metrics)),
+        ("loss tokens trained", _whole(number(metrics[-1], "tokens_trained") if metrics else None)),
+    ]
+
+
 def duration(seconds: float | None) -> str:
     """Example: 843.2 is "14 min 3 s"."""
     if seconds is None:
@@ -131,6 +159,18 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _progress(config: Record, metrics: Sequence[Record]) -> str:
+    """Examples: "after step 41 of 200", "before its first step"."""
+    if not metrics:
+        return "before its first step"
+    planned = number(config.get("loop") or {}, "steps")
+    return f"after step {_whole(number(metrics[-1], 'step'))}" + ("" if planned is None else f" of {planned:,.0f}")
+
+
+def _error(status: Record) -> Record:
+    return status.get("error") or {}
 
 
 def _contestant(label: str, kind: str, accuracy: float | None, items: int | None) -> Contestant:

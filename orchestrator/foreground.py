@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.launch import site
-from orchestrator.report import write_report
+from orchestrator.report import page_of_a_bad_ending, write_report
 from orchestrator.run import execute
 from potstill.config import RunConfig
 from potstill.display import make_display
@@ -25,13 +25,16 @@ Result = TypeVar("Result")
 
 
 def run(config: RunConfig, *, report_to: str | None, quiet: bool) -> dict[str, Any]:
-    """Run to the end and write the report. Refuses before anything is written when config and plan do not fit."""
+    """Run to the end, good or bad, and write the report.
+
+    Refuses before anything is written when config and plan do not fit.
+    """
     plan(config)
     open_environment(config.data).held_out(config.eval.items)
     if report_to is not None and "POTSTILL_RUN_TOKEN" not in os.environ:
         raise ConfigError("--report-to: the variable POTSTILL_RUN_TOKEN, which the service sets, is missing")
     journal = Journal(Path(config.runs) / config.name)
-    with contextlib.ExitStack() as stack:
+    with page_of_a_bad_ending(journal.folder), contextlib.ExitStack() as stack:
         stack.callback(journal.close)
         if report_to is not None:
             journal.listen(_reporter(stack, report_to, config.name, journal.folder))

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.crew import Crew, outcome
+from potstill.algebra.objective import Tier
 from potstill.config import RunConfig, ScratchConfig, ServerTeacher
 from potstill.errors import ConfigError
-from potstill.methods import Tier
 from potstill.processes import Child, start
 from potstill.teacher_client import TeacherClient
 from potstill.types import TeacherIdentity

@@ -5,7 +5,7 @@
   opsd   scratch student ─► hint (sft) ────┴─► opsd ─► sft_control (on what the hinted student writes)
 
 Preparations are cached by the content of everything that decides them; the distillation and its control never are.
-Each phase is an ordinary run, and `potstill run deploy/recipes/…` runs it alone.
+Each phase is an ordinary run, and `potstill run deploy/recipes/…` runs it alone; one that ends badly leaves its page.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 from orchestrator.footprint import Footprint
 from orchestrator.foreground import until_done
 from orchestrator.launch import Site, site
-from orchestrator.report import write_report
+from orchestrator.report import page_of_a_bad_ending, write_report
 from orchestrator.run import execute, last_checkpoint
 from potstill import __version__, recipes
-from potstill.config import RunConfig, ScratchConfig, load, read_mapping
+from potstill.config import RunConfig, ScratchConfig
+from potstill.config_file import load, read_mapping
 from potstill.display import Display, make_display
 from potstill.environments import open_environment
 from potstill.errors import ConfigError
@@ -120,7 +121,8 @@ class Quickstart:
         report = await self._phase(opened, recipe.distil, main)
         budget = f"loop.max_train_tokens={report['tokens_trained']}"
         control = self._config(recipe.control, [*where, budget, "name=sft_control", f"runs={self._folder}"])
-        against = await self._phase(opened, recipe.control, control)
+        with page_of_a_bad_ending(self._folder):  # the distillation stands without its control
+            against = await self._phase(opened, recipe.control, control)
         report["sft_control"] = {
             key: against[key] for key in ("student_after", "tokens_trained", "steps", "seconds_total")
         }
@@ -143,7 +145,8 @@ class Quickstart:
 
     async def _phase(self, opened: Site, phase: str, config: RunConfig) -> dict[str, Any]:
         self._display.begin(phase, config.loop.steps)
-        with contextlib.closing(Journal(Path(config.runs) / config.name)) as journal:
+        journal = Journal(Path(config.runs) / config.name)
+        with page_of_a_bad_ending(journal.folder), contextlib.closing(journal):
             journal.listen(self._display)
             return await execute(config, opened, journal)
 

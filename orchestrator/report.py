@@ -1,15 +1,17 @@
 """The report of a run, made from its folder alone: report.html, one self-contained page, and its figures as PNG.
 
-    report.json config.json metrics.jsonl events.jsonl samples.jsonl [sft_control/] ──► report.html *.png
+    status.json report.json config.json metrics.jsonl events.jsonl samples.jsonl [sft_control/] ──► report.html *.png
 
 It measures nothing and starts nothing. A number that the folder does not hold is "not measured" on the page, never 0;
-text that a model wrote is escaped, and the page allows no script and no request.
+a run that did not succeed has no result there, only how and where it ended; text that a model wrote is escaped, and the
+page allows no script and no request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 
 from orchestrator import findings, heatmap, plots
 from orchestrator.plots import AccuracyCurve, Series
-from potstill.journal import read_jsonl, write_atomically
+from potstill.journal import Status, read_jsonl, write_atomically
 from potstill.metrics import MISSING, number
 
 Record = Mapping[str, Any]
@@ -37,11 +39,19 @@ class RunFolder:
     """What a folder holds, read once."""
 
     name: str
+    status: Record
     report: Record
     config: Record
     metrics: Sequence[Record]
     events: Sequence[Record]
     samples: Sequence[Record]
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status.get("status") == Status.SUCCEEDED
+
+    def unfinished(self, subject: str) -> str | None:
+        return findings.unfinished(subject, self.status, self.config, self.metrics)
 
 
 def write_report(folder: Path) -> None:
@@ -51,12 +61,22 @@ def write_report(folder: Path) -> None:
     figures = draw(run, control)
     for name, figure in figures.items():
         write_atomically(folder / f"{name}.png", plots.png(figure))
-    write_atomically(folder / "report.html", render(run, figures).encode())
+    write_atomically(folder / "report.html", render(run, control, figures).encode())
+
+
+@contextlib.contextmanager
+def page_of_a_bad_ending(folder: Path) -> Iterator[None]:
+    """Write the report when what is inside raises. That is what goes on, also when the page cannot be written."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(_write_where_possible, folder)
+        yield
+        stack.pop_all()
 
 
 def read_folder(folder: Path) -> RunFolder:
     return RunFolder(
         name=folder.name,
+        status=_read_json(folder / "status.json"),
         report=_read_json(folder / "report.json"),
         config=_read_json(folder / "config.json"),
         metrics=list(read_jsonl(folder / "metrics.jsonl")),
@@ -68,7 +88,9 @@ def read_folder(folder: Path) -> RunFolder:
 def draw(run: RunFolder, control: RunFolder | None) -> dict[str, Figure]:
     """The figures for which there is something to draw, by name."""
     student_curve = accuracy_curve(run, "student")
-    control_curve = accuracy_curve(control, "SFT control") if control else None
+    control_curve = None
+    if control and control.succeeded:  # otherwise its last point is no result
+        control_curve = accuracy_curve(control, "SFT control")
     if control_curve and control_curve.held_out:  # the texts of a supervised run are not its student's own
         control_curve = replace(control_curve, rollouts=Series(x=(), y=()))
     reverse_kl = series(run.metrics, "step", "reverse_kl")
@@ -86,7 +108,7 @@ def draw(run: RunFolder, control: RunFolder | None) -> dict[str, Figure]:
     return figures
 
 
-def render(run: RunFolder, figures: Mapping[str, Figure]) -> str:
+def render(run: RunFolder, control: RunFolder | None, figures: Mapping[str, Figure]) -> str:
     """The page. Everything but our own SVG passes through the template's escaping."""
     environment = Environment(
         loader=PackageLoader("orchestrator"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -95,7 +117,9 @@ def render(run: RunFolder, figures: Mapping[str, Figure]) -> str:
     return environment.get_template("report.html.j2").render(
         run_id=str(run.report.get("run_id") or run.name),
         metric=str(run.report.get("metric") or "accuracy"),
-        headline=findings.headline(run.report, run.events),
+        unfinished=run.unfinished("The run"),
+        unfinished_control=control.unfinished("The supervised control") if control else None,
+        headline=findings.headline(run.report),
         sentences=findings.sentences(run.report, run.events),
         contestants=findings.contestants(run.report, run.events),
         colours=plots.COLOURS,
@@ -104,6 +128,7 @@ def render(run: RunFolder, figures: Mapping[str, Figure]) -> str:
         num_samples=len(run.samples),
         legend=heatmap.legend(),
         facts=findings.facts(run.report),
+        facts_so_far=findings.facts_so_far(run.status, run.config, run.metrics),
         config=flatten(run.config),
         numbers=flatten(run.report),
         missing=MISSING,
@@ -143,6 +168,11 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
             row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
         ]
     return [(prefix, json.dumps(value, ensure_ascii=False))] if prefix else []
+
+
+def _write_where_possible(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        write_report(folder)
 
 
 def _read_json(path: Path) -> Record:

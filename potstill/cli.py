@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Run a config here, on RAY_ADDRESS or a local Ray; the result is in <runs>/<name>."""
     from orchestrator import foreground
-    from potstill.config import load
+    from potstill.config_file import load
 
     report = foreground.run(load(config, overrides or []), report_to=report_to, quiet=as_json)
     print_json(report) if as_json else None
@@ -56,7 +56,7 @@ def run(
 @app.command()
 def check(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print the resolved config, the plan and one decoded sample with its loss mask; start nothing."""
-    from potstill.config import load
+    from potstill.config_file import load
     from potstill.inspection import decoded_sample
     from potstill.planner import plan
 
@@ -77,25 +77,30 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods, and the least that a teacher must offer for each."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Of a method, for all that it is.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods and what each needs of a run, or show one."""
     from potstill.methods import PRESETS
+    from potstill.nearest import hint
 
-    rows = {
-        name: {
-            "teacher_tier": method.objective.tier.name,
-            "phrase": method.phrase,
-            "source": method.source,
-            "objective": method.objective.model_dump(exclude_none=True),
-        }
-        for name, method in PRESETS.items()
-    }
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"method {name!r} is not known{hint(name, PRESETS)}")
+    shown = {name: PRESETS[name]} if name is not None else PRESETS
     if as_json:
-        print_json(rows)
-        return
-    for name, row in rows.items():
-        typer.echo(f"{name:<12} teacher: {row['teacher_tier']:<8} {row['phrase']}")
-        typer.echo(f"{'':<12} {row['source']}")
+        print_json({key: method.as_dict() for key, method in shown.items()})
+    elif name is not None:
+        import yaml
+
+        typer.echo(
+            yaml.safe_dump({name: PRESETS[name].as_dict()}, sort_keys=False, width=110, allow_unicode=True).rstrip()
+        )
+    else:
+        for key, method in shown.items():
+            needs = ", ".join(f"{what}: {how}" for what, how in method.needs.items())
+            typer.echo(f"{key:<24}{method.phrase}\n{'':<24}needs {needs}")
+        typer.echo("\n`potstill methods NAME` shows a method's objective, source and settings.")
 
 
 @app.command()

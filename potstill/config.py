@@ -1,24 +1,18 @@
 """RunConfig: everything that decides a run, in one frozen tree. Every default that changes a number lives here.
 
-A config is a TOML or YAML file, then dotted overrides (`optim.lr=1e-4`). Unknown keys are errors that name the nearest
-real key. A renamed key keeps no alias. Files are read by `load`, mappings (an HTTP body) by `parse`.
+It reads no file and no override: config_file.py does. Unknown keys are errors; a renamed key keeps no alias.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import json
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from potstill.errors import ConfigError
-from potstill.methods import PRESETS, Objective, Section
+from potstill.algebra.objective import Objective, lay_over
+from potstill.methods import PRESETS
+from potstill.nearest import hint
+from potstill.section import Section, Unit
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -77,12 +71,38 @@ class SelfTeacher(Section):
     """The student's own weights, reading a privileged prompt. Lives inside the learner; nothing travels."""
 
     kind: Literal["self"] = "self"
-    weights: Literal["frozen", "ema", "live"] = "frozen"
-    """frozen: the student as the run found it; ema: its moving average; live: the current student, without gradient."""
+    weights: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
+    """frozen: the student as the run found it; ema: its moving average; live: the current student, without gradient;
+    trust_region: between the frozen and the live one (SDPO, 2601.20802)."""
+    trust: Unit = 0.01
+    """Of weights = "trust_region": share of the live student's logits. Near 1 is a live teacher, which may diverge."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Of weights = "ema", per step. Near 1 the teacher hardly moves; too small is a live teacher, which may diverge."""
     privileged_template: str
     """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}, e.g. "{prompt}\\nHint: {answer}"."""
+
+
+class LocalModel(Section):
+    """One of the models that teach inside the learner."""
+
+    model: str
+    """A folder in Hugging Face format, with the student's tokenizer."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of this model where several score the same token; the weights are scaled to sum to 1."""
+    domains: tuple[str, ...] = ()
+    """Prompts that it scores, by domain. None: all."""
+
+
+class LocalTeacher(Section):
+    """Other models, loaded beside the student in the learner: every logit is at hand, and no server is needed."""
+
+    kind: Literal["local"] = "local"
+    models: Annotated[tuple[LocalModel, ...], Field(min_length=1)]
+    """One, or several whose predictions are combined."""
+    combine: Literal["logits", "probabilities"] = "logits"
+    """Of several: the mean of their logits (a geometric mean), or of their probabilities."""
+    privileged_template: str | None = None
+    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}; None: it reads the student's."""
 
 
 class NoTeacher(Section):
@@ -91,7 +111,7 @@ class NoTeacher(Section):
     kind: Literal["none"] = "none"
 
 
-TeacherConfig = Annotated[ServerTeacher | SelfTeacher | NoTeacher, Field(discriminator="kind")]
+TeacherConfig = Annotated[ServerTeacher | SelfTeacher | LocalTeacher | NoTeacher, Field(discriminator="kind")]
 
 
 class ReasoningGymData(Section):
@@ -139,6 +159,14 @@ class RolloutConfig(Section):
 
     source: Literal["student", "teacher", "reference"] = "student"
     """student: on-policy; teacher: the teacher writes (off-policy); reference: the data's own solutions, unchanged."""
+    beside: Literal["none", "teacher", "reference"] = "none"
+    """Text that the student did not write, learnt in the same step by terms that are over "all" or "others"."""
+    beside_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the prompts that get such a text."""
+    beside_instead: bool = False
+    """At those prompts the student does not write (GKD's λ is then 1 - beside_share)."""
+    view: Literal["own", "privileged"] = "own"
+    """privileged: the student writes under the teacher's prompt and learns it under both (π-Distill)."""
     engine: Literal["vllm", "transformers"] = "transformers"
     """transformers: starts at once, bit-exact, for small models; vllm: for everything else."""
     workers: Positive = 1
@@ -280,122 +308,10 @@ class RunConfig(Section):
             return raw
         preset = PRESETS.get(raw["method"])
         if preset is None:
-            raise ValueError(f"method {raw['method']!r} is not known{_nearest(raw['method'], PRESETS)}")
+            raise ValueError(f"method {raw['method']!r} is not known{hint(raw['method'], PRESETS)}")
         changes = raw.get("objective", {})
         if isinstance(changes, Objective):
             changes = changes.model_dump()
         if not isinstance(changes, dict):
             return raw
-        return {**raw, "objective": {**preset.objective.model_dump(), **changes}}
-
-
-def parse(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Make a RunConfig of a plain mapping and dotted overrides.
-
-    Raises ConfigError with one line per mistake, each naming the key and, for a misspelt one, the nearest real key.
-    """
-    merged = copy.deepcopy(dict(raw))
-    for override in overrides:
-        _apply(merged, override)
-    try:
-        return RunConfig.model_validate(json.loads(json.dumps(merged, default=str)))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_lines(error))) from None
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a .toml, .yaml, .yml or .json file. Raises ConfigError when it is missing, unreadable or wrong."""
-    return parse(read_mapping(Path(path)), overrides)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The file's content as a plain mapping. Raises ConfigError naming the file and, where known, the line."""
-    readers: dict[str, Callable[[str], Any]] = {
-        ".toml": tomllib.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
-        ".json": json.loads,
-    }
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise ConfigError(f"{path}: a config ends in {', '.join(readers)}")
-    try:
-        raw = reader(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a table of settings, not a {type(raw).__name__}")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {override!r}: write key.path=value")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a table")
-    try:
-        raw[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raw[last] = text
-    if isinstance(raw[last], str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            raw[last] = float(raw[last])
-        except ValueError:
-            raw[last] = text
-
-
-_TAGS = {"server", "self", "none", "reasoning_gym", "jsonl"}  # pydantic puts a union's tag into the path
-
-
-def _lines(error: ValidationError) -> Iterator[str]:
-    guessed: set[tuple[int | str, ...]] = {("objective",)}  # missing where the method is
-    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
-        loc = problem["loc"]
-        where = [str(part) for part in loc if part not in _TAGS]
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            known = _keys_beside(loc)
-            message = f"no such setting{_nearest(where[-1], known)}"
-            guessed |= {(*loc[:-1], name) for name in _similar(where[-1], known)}
-        elif problem["type"] == "missing" and loc in guessed:  # said already: it is there, but misspelt
-            continue
-        elif problem["type"] == "union_tag_not_found":
-            message = "the table names no kind"
-        yield f"{'.'.join(where)}: {message}" if where else message
-
-
-def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = " or ".join(repr(name) for name in _similar(word, known))
-    return f"; did you mean {near}?" if near else f"; known: {', '.join(known)}"
-
-
-def _similar(word: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """At most two: similarity of letters alone takes `eas` for betas before eps."""
-    return difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-
-
-def _keys_beside(loc: Sequence[str | int]) -> list[str]:
-    """The real keys of the table in which an unknown key was found."""
-    model: type[BaseModel] = RunConfig
-    for part in loc[:-1]:
-        candidates = _models_in(model.model_fields[str(part)].annotation) if part in model.model_fields else []
-        if candidates:
-            model, kinds = candidates[0], candidates
-        elif kinds:  # `part` is the tag of a discriminated union
-            model = next((m for m in kinds if m.model_fields["kind"].default == part), model)
-    return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
-
-
-__all__ = ["RunConfig", "load", "parse", "read_mapping"]
+        return {**raw, "objective": lay_over(preset.objective.model_dump(), changes)}

@@ -11,21 +11,27 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from potstill.config import RunConfig, ScratchConfig
+from potstill.section import models_in
 
 HEAD = """# Every setting
 
 A config is TOML, YAML or JSON; `potstill run CONFIG optim.lr=1e-4` changes a setting on the command line. Unknown keys
-are errors. This page is made from the docstrings of `potstill/config.py` and `potstill/methods.py`.
+are errors. This page is made from the docstrings of `potstill/config.py` and `potstill/algebra/`.
 """
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    sections = [*_sections("", RunConfig), *_sections("models.toml, one table a model", ScratchConfig)]
+    seen: set[type[BaseModel]] = set()
+    sections = [*_sections("", RunConfig, seen), *_sections("models.toml, one table a model", ScratchConfig, seen)]
     return "\n".join([HEAD, *sections])
 
 
-def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
+def _sections(path: str, model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
+    """The table's section and those of the tables in it, each kind of table once."""
+    if model in seen:
+        return
+    seen.add(model)
     title = f"`[{path}]`" if path and " " not in path else path or "Top level"
     kind = model.model_fields.get("kind")
     if kind is not None:
@@ -33,20 +39,15 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
     yield f"## {title}\n\n{_flat(model.__doc__)}\n\n| key | type | default | meaning |\n|---|---|---|---|"
     tables = []
     for name, field in model.model_fields.items():
-        nested = _models(field.annotation)
+        nested = models_in(field.annotation)
         if nested:
-            tables += [(f"{path}.{name}".lstrip("."), inner) for inner in nested]
-        elif name != "kind":
+            place = f"{path}.{name}".lstrip(".") + (".NAME" if get_origin(field.annotation) is dict else "")
+            tables += [(place, inner) for inner in nested]
+        if name != "kind" and field.annotation not in nested and not (nested and field.is_required()):
             yield f"| `{name}` | {_type(field)} | {_default(field)} | {_flat(field.description)} |"
     yield ""
     for inner_path, inner in tables:
-        yield from _sections(inner_path, inner)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
+        yield from _sections(inner_path, inner, seen)
 
 
 def _type(field: FieldInfo) -> str:

@@ -7,15 +7,18 @@ marked as such.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from potstill.config import RunConfig, SelfTeacher, ServerTeacher
+from potstill.algebra.objective import ESTIMATES, Objective, Tier
+from potstill.config import JsonlData, LocalTeacher, RunConfig, SelfTeacher, ServerTeacher
 from potstill.errors import ConfigError, PlanError
-from potstill.methods import PRESETS, Tier
+from potstill.methods import PRESETS
+from potstill.wire import MAX_TOP_K
 
 SERVER_TIER = Tier.IDS  # what potstill's own teacher server offers over HTTP
 
@@ -79,36 +82,103 @@ def _count(file: Path) -> int:
 
 
 def _tier_found(config: RunConfig) -> Tier:
-    if isinstance(config.teacher, SelfTeacher):
+    if isinstance(config.teacher, SelfTeacher | LocalTeacher):
         return Tier.FULL
     return SERVER_TIER if isinstance(config.teacher, ServerTeacher) else Tier.TEXT
 
 
 def _refuse_unfit(config: RunConfig, found: Tier) -> None:
-    objective, source, teacher = config.objective, config.rollout.source, config.teacher
+    method, objective = PRESETS[config.method], config.objective
     if objective.tier > found:
         raise PlanError(
             f"method {config.method!r} needs a teacher of tier {objective.tier.name}, this one offers {found.name}; "
-            f"methods that it can serve: {', '.join(_served(found))}"
+            f"nearest that it can serve: {', '.join(nearest(config.method, found))}"
         )
-    if isinstance(teacher, SelfTeacher) and objective.divergence != "nll" and objective.support != "full":
-        raise PlanError('a self-teacher lives inside the learner: use objective.support = "full", e.g. method "opsd"')
-    if source == "teacher" and not isinstance(teacher, SelfTeacher) and getattr(teacher, "model", None) is None:
-        raise PlanError('rollout.source = "teacher" needs teacher.model, a folder that a rollout worker can load')
-    if source != "student" and objective.divergence != "nll":
-        raise PlanError(f'rollout.source = "{source}" is supervised: use method "sft", or let the student write')
-    if config.rollout.privileged_share and (source != "reference" or not isinstance(teacher, SelfTeacher)):
-        raise PlanError('rollout.privileged_share needs source = "reference" and a [teacher] of kind "self"')
-    if source == "student" and objective.divergence == "nll":
+    if method.missing:
         raise PlanError(
-            'method "sft" on the student\'s own text teaches nothing: rollout.source = "teacher" or "reference"'
+            f"method {config.method!r} needs {' and '.join(method.missing)}, which a run cannot bring yet; "
+            f"nearest that it can: {', '.join(nearest(config.method, found))}"
         )
-    if source == "student" and config.rollout.sampling.temperature == 0:
-        raise PlanError("rollout.sampling.temperature = 0 never explores: on-policy distillation samples, at 1.0")
+    for problem in (*_unfit_text(config), *_unfit_needs(config)):
+        raise PlanError(problem)
 
 
-def _served(found: Tier) -> list[str]:
-    return [name for name, method in PRESETS.items() if method.objective.tier <= found]
+def nearest(name: str, found: Tier) -> list[str]:
+    """Up to three methods that a teacher of this tier can serve, most like `name` first."""
+    wanted = PRESETS[name]
+
+    def unlike(other: str) -> tuple[int, int]:
+        method = PRESETS[other]
+        same = (
+            method.context == wanted.context,
+            method.signal == wanted.signal,
+            method.objective.loss.kind == wanted.objective.loss.kind,
+            method.objective.over == wanted.objective.over,
+            method.needs.keys() == wanted.needs.keys(),
+        )
+        return -sum(same), -method.objective.tier
+
+    able = [other for other, method in PRESETS.items() if method.objective.tier <= found and not method.missing]
+    return sorted((other for other in able if other != name), key=unlike)[:3]
+
+
+def _unfit_text(config: RunConfig) -> Iterator[str]:
+    """Text that the objective reads and nobody writes, or that somebody writes and nothing reads."""
+    objective, rollout, teacher = config.objective, config.rollout, config.teacher
+    written = _origins(config)
+    served = isinstance(teacher, SelfTeacher | LocalTeacher) or getattr(teacher, "model", None) is not None
+    if "teacher" in {rollout.source, rollout.beside} and not served:
+        yield 'text of the teacher needs teacher.model, a folder that a rollout worker can load, or kind = "self"'
+    for name, term in objective.terms.items():
+        if term.over not in {"all", *written}:
+            yield _unread(config.method, name, term.over)
+    if objective.compares_completions and not {"student", "others"} <= written:
+        yield f"method {config.method!r} pairs the student's answers with others: set rollout.beside"
+    if "student" in written and not objective.reads_student:
+        yield (
+            f'method {config.method!r} on the student\'s own text teaches nothing: rollout.source = "teacher" or '
+            '"reference"'
+        )
+    if rollout.privileged_share and (rollout.source != "reference" or not isinstance(teacher, SelfTeacher)):
+        yield 'rollout.privileged_share needs source = "reference" and a [teacher] of kind "self"'
+    if rollout.source == "student" and rollout.sampling.temperature == 0:
+        yield "rollout.sampling.temperature = 0 never explores: on-policy distillation samples, at 1.0"
+
+
+def _origins(config: RunConfig) -> set[str]:
+    """Of the completions that the run will train on: see Term.over."""
+    rollout = config.rollout
+    if rollout.source != "student":
+        return {"others"}
+    own = {"student", "privileged"} if rollout.view == "privileged" else {"student"}
+    return own if rollout.beside == "none" else {*own, "others"}
+
+
+def _unread(method: str, term: str, over: str) -> str:
+    which = f"method {method!r}" if term == "main" else f"method {method!r}, its term {term!r},"
+    return {
+        "student": f'{which} is for text of the student: rollout.source = "student"; for other text use method "sft"',
+        "privileged": f'{which} is for text written under the teacher\'s prompt: rollout.view = "privileged"',
+        "others": f'{which} is for text of the teacher or the data: rollout.source or rollout.beside = "teacher" or '
+        '"reference"',
+    }[over]
+
+
+def _unfit_needs(config: RunConfig) -> Iterator[str]:
+    objective, teacher = config.objective, config.teacher
+    templated = getattr(teacher, "privileged_template", None) is not None
+    if (PRESETS[config.method].context == "privileged" or config.rollout.view == "privileged") and not templated:
+        yield f"method {config.method!r} has a teacher that reads more than the student: teacher.privileged_template"
+    if objective.reads_reward and isinstance(config.data, JsonlData) and config.data.verifier == "none":
+        yield f'method {config.method!r} needs a reward: data.verifier must not be "none"'
+    if objective.reads_reward and config.rollout.samples_per_prompt < 2:
+        yield f"method {config.method!r} compares completions of one prompt: rollout.samples_per_prompt = 4 or more"
+    if isinstance(teacher, ServerTeacher) and _widest(objective) > MAX_TOP_K:
+        yield f"objective.support.k is {_widest(objective)}: a teacher server sends at most {MAX_TOP_K}"
+
+
+def _widest(objective: Objective) -> int:
+    return max(getattr(term.support, "k", 0) for term in objective.terms.values())
 
 
 def _notes(config: RunConfig) -> list[str]:
@@ -116,8 +186,18 @@ def _notes(config: RunConfig) -> list[str]:
     sampling = config.rollout.sampling
     if config.rollout.source == "student" and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.temperature != 1):
         notes.append("rollouts are not drawn from the student at temperature 1: states differ, the loss is still of q")
-    if config.objective.support == "sampled" and config.objective.divergence == "reverse_kl":
+    if isinstance(config.objective.loss, ESTIMATES):
         notes.append("sampled-token gradients are noisy: use a smaller learning rate than for a top-k method")
     if config.eval.items == 0:
         notes.append("eval.items = 0: no held-out accuracy will be measured")
+    resolved = config.model_dump()
+    for key, wanted in PRESETS[config.method].settings.items():
+        if (found := _at(resolved, key)) != wanted:
+            notes.append(f"the paper of {config.method!r} has {key} = {wanted!r}, this run {found!r}")
     return notes
+
+
+def _at(table: Any, key: str) -> Any:
+    for part in key.split("."):
+        table = table.get(part) if isinstance(table, dict) else None
+    return table

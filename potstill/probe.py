@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.algebra.objective import Tier
 from potstill.errors import AlignmentError, TeacherError
-from potstill.methods import Tier
 from potstill.teacher_client import TeacherClient
 from potstill.types import FloatArray, IntArray, ScoreStatus, TeacherIdentity, TeacherScores
 from potstill.wire import Capabilities, ScoreItem, Want

@@ -89,7 +89,7 @@ def submit(
     key_env: KeyEnv = "POTSTILL_API_KEY",
 ) -> None:
     """Submit a run. The config is checked here first; paths in it are the service's."""
-    from potstill.config import load
+    from potstill.config_file import load
 
     checked = load(config, overrides or ()).model_dump(mode="json", exclude={"runs"})  # the service has its own folder
     with _client(url, key_env) as client:

@@ -80,6 +80,7 @@ class Rollout:
     temperature: float  # at which the completion was sampled; 0.0 is greedy
     reward: float  # the verifier's score in [0, 1]; NaN when there is no verifier
     teacher_context_ids: IntArray | None  # [C] what the teacher reads instead of prompt_ids; None: the same prompt
+    privileged: bool = False  # prompt_ids are the teacher's own prompt: the student writes or learns under it
     support_ids: IntArray | None = None  # [T, K]
     support_logprobs: FloatArray | None = None  # [T, K] student's log-probs of support_ids at sampling time
 
@@ -95,6 +96,14 @@ class Rollout:
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+    @property
+    def origin(self) -> str:
+        """Who wrote it and under which prompt it is learnt: "student", "privileged" (its own, under the teacher's
+        prompt) or "others" (the teacher or the data)."""
+        if not (self.weight_versions >= 0).any():
+            return "others"
+        return "privileged" if self.privileged else "student"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

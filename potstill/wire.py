@@ -15,6 +15,7 @@ from potstill.framing import Part, WireError, require
 from potstill.types import FloatArray, IntArray, Message, TeacherIdentity, TeacherScores
 
 SCHEMA_VERSION = 1
+MAX_TOP_K = 128  # entries per position that a teacher server sends, of its own top-k or of ids that a caller chose
 
 Want = Literal["sampled", "topk", "token_ids", "entropy"]
 
@@ -142,6 +143,7 @@ class Capabilities(Part):
 
 
 __all__ = [
+    "MAX_TOP_K",
     "SCHEMA_VERSION",
     "Capabilities",
     "ScoreItem",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
-from potstill.config import RunConfig, ServerTeacher
+from potstill.config import LocalTeacher, RunConfig, ServerTeacher
 from potstill.environments import open_environment
 from potstill.errors import TokenizerMismatch
 from potstill.teacher_client import TeacherClient
@@ -40,19 +40,19 @@ class RolloutWorker:
         identity = None
         if teacher is not None and isinstance(config.teacher, ServerTeacher):
             url, key, identity = teacher
-            if identity.tokenizer_fingerprint != fingerprint(self._tokenizer):
-                raise TokenizerMismatch(
-                    f"teacher {identity.name!r} reads other tokens than student {config.student.model!r}: "
-                    "their tokenizers differ, so its scores would be of other text"
-                )
+            self._require_same_tokens(identity.name, identity.tokenizer_fingerprint, config.student.model)
             self._teacher = TeacherClient(
                 url, key=key, deadline_s=config.teacher.deadline_s, concurrency=config.teacher.concurrency
             )
-        student = self._student = self._engine(config, config.student.model, max_model_len)
+        if isinstance(config.teacher, LocalTeacher):
+            for one in config.teacher.models:
+                self._require_same_tokens(one.model, fingerprint(load_tokenizer(one.model)), config.student.model)
+        self._student = self._engine(config, config.student.model, max_model_len)
+        writes = "teacher" in {config.rollout.source, config.rollout.beside}
         self._collector = Collector(
             config,
-            student=student,
-            writer=self._writer(config, student, max_model_len),
+            student=self._student,
+            teacher_engine=self._engine(config, _teachers_folder(config), max_model_len) if writes else None,
             tokenizer=self._tokenizer,
             environment=open_environment(config.data),
             teacher=self._teacher,
@@ -89,6 +89,13 @@ class RolloutWorker:
             await self._teacher.aclose()
             self._teacher = None
 
+    def _require_same_tokens(self, teacher: str, found: str, student: str) -> None:
+        if found != fingerprint(self._tokenizer):
+            raise TokenizerMismatch(
+                f"teacher {teacher!r} reads other tokens than student {student!r}: "
+                "their tokenizers differ, so its scores would be of other text"
+            )
+
     def _engine(self, config: RunConfig, model: str, max_model_len: int) -> RolloutEngine:
         engine = build_engine(
             config.rollout.engine,
@@ -101,14 +108,6 @@ class RolloutWorker:
         )
         self._engines.append(engine)
         return engine
-
-    def _writer(self, config: RunConfig, student: RolloutEngine, max_model_len: int) -> RolloutEngine | None:
-        if config.rollout.source == "reference":
-            return None
-        if config.rollout.source == "student":
-            return student
-        named = config.teacher.model if isinstance(config.teacher, ServerTeacher) else None
-        return self._engine(config, named or config.student.model, max_model_len)
 
     def _described(self, scored: ScoredRollout) -> dict[str, Any]:
         rollout, scores = scored.rollout, scored.scores
@@ -138,6 +137,14 @@ class RolloutWorker:
                 for token, student, teacher, version, trained in columns
             ],
         }
+
+
+def _teachers_folder(config: RunConfig) -> str:
+    """The model that writes the teacher's text; the student's own weights where it teaches itself."""
+    if isinstance(config.teacher, LocalTeacher):
+        return config.teacher.models[0].model
+    named = config.teacher.model if isinstance(config.teacher, ServerTeacher) else None
+    return named or config.student.model
 
 
 def _receipt(collected: Collected, position: int, bundle: Any) -> Receipt:

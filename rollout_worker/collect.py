@@ -5,6 +5,7 @@ Decides nothing about when or how many. Knows no Ray: engines, tokenizer, enviro
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import time
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from potstill.algebra.gates import Confidence, EntropyGap, TeacherEntropyAbove
+from potstill.algebra.objective import Objective, Term
+from potstill.algebra.supports import StudentTopK, TeacherTopK
 from potstill.config import RunConfig, SamplingConfig
 from potstill.environments import Environment
 from potstill.errors import ConfigError
-from potstill.methods import Tier
 from potstill.privilege import privileged_messages
 from potstill.teacher_client import TeacherClient
 from potstill.tokenization import render
@@ -37,12 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_THE_STUDENT = -1  # the weights version of a token that the student did not write
-
-WANTED: dict[Tier, frozenset[Want]] = {
-    Tier.SAMPLED: frozenset({"sampled"}),
-    Tier.TOPK: frozenset({"sampled", "topk"}),
-    Tier.IDS: frozenset({"sampled", "token_ids"}),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +61,14 @@ class Verdicts:
 
 
 class Collector:
-    """One rollout worker's work. `student` is evaluated; `writer` writes (None: the data's own solutions are used)."""
+    """One rollout worker's work. `student` writes and is evaluated; `teacher_engine` writes where a run wants it."""
 
     def __init__(
         self,
         config: RunConfig,
         *,
         student: RolloutEngine,
-        writer: RolloutEngine | None,
+        teacher_engine: RolloutEngine | None,
         tokenizer: PreTrainedTokenizerBase,
         environment: Environment,
         teacher: TeacherClient | None,
@@ -79,7 +76,7 @@ class Collector:
     ) -> None:
         self._config = config
         self._student = student
-        self._writer = writer
+        self._teacher_engine = teacher_engine
         self._tokenizer = tokenizer
         self._environment = environment
         self._teacher = teacher
@@ -88,12 +85,11 @@ class Collector:
     async def collect(self, prompts: Sequence[Prompt]) -> Collected:
         """All completions of the prompts, judged and scored. Raises TeacherError and what engines raise."""
         started = time.perf_counter()
-        if self._writer is None:
-            rollouts = [self._rollout(prompt, 0, self._reference(prompt)) for prompt in prompts]
-        else:
-            rollouts = await self._written(self._writer, prompts)
+        rollouts: list[Rollout] = []
+        for source, some in self._sources(prompts):
+            rollouts += await self._texts(source, some)
         written = time.perf_counter()
-        scores = [None] * len(rollouts) if self._teacher is None else await self._scores(self._teacher, rollouts)
+        scores = await self._scores(rollouts)
         return Collected(
             scored=tuple(ScoredRollout(rollout=r, scores=s) for r, s in zip(rollouts, scores, strict=True)),
             generate_s=written - started,
@@ -102,9 +98,9 @@ class Collector:
 
     async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "writer"]) -> Verdicts:
         """Answers to held-out prompts, judged; a writer that is the teacher reads its own, privileged prompt."""
-        engine = self._student if who == "student" else self._writer
+        engine = self._student if who == "student" else self._teacher_engine
         if engine is None:
-            raise ConfigError("nobody writes in this run: its completions are the data's own")
+            raise ConfigError("no teacher writes in this run")
         sampling = SamplingConfig(
             max_new_tokens=self._config.rollout.sampling.max_new_tokens, temperature=self._config.eval.temperature
         )
@@ -116,16 +112,36 @@ class Collector:
             num_truncated=sum(c.finish_reason is FinishReason.LENGTH for c in completions),
         )
 
-    async def _written(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
-        config, objective = self._config.rollout, self._config.objective
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(config.samples_per_prompt)]
+    def _sources(self, prompts: Sequence[Prompt]) -> list[tuple[str, Sequence[Prompt]]]:
+        """Who answers which of the prompts: always the same for a prompt, whatever it comes with."""
+        config = self._config.rollout
+        if config.beside == "none":
+            return [(config.source, prompts)]
+        beside = [prompt for prompt in prompts if _fraction(prompt.id) < config.beside_share]
+        given = {prompt.id for prompt in beside} if config.beside_instead else set()
+        return [(config.source, [p for p in prompts if p.id not in given]), (config.beside, beside)]
+
+    async def _texts(self, source: str, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """What `source` answers. A view "privileged" gives every completion twice: learnt under both prompts."""
+        if source == "reference":
+            return [self._rollout(prompt, 0, self._reference(prompt), by=source) for prompt in prompts]
+        own, config = source == "student", self._config.rollout
+        engine = self._student if own else self._teacher_engine
+        assert engine is not None, "opened for every source of the config"
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(config.samples_per_prompt if own else 1)]
+        privileged = not own or config.view == "privileged"
         completions = await engine.generate(
-            [self._request(prompt, sample, privileged=not self._on_policy) for prompt, sample in jobs],
+            [self._request(prompt, sample, privileged=privileged) for prompt, sample in jobs],
             config.sampling,
-            want_logprobs=self._on_policy,
-            support_k=objective.k if objective.k and objective.support == "student_topk" else 0,
+            want_logprobs=own,
+            support_k=_support_k(self._config.objective) if own else 0,
         )
-        return [self._rollout(p, sample, c) for (p, sample), c in zip(jobs, completions, strict=True)]
+        rollouts = []
+        for (prompt, sample), completion in zip(jobs, completions, strict=True):
+            rollouts.append(self._rollout(prompt, sample, completion, by=source))
+            if own and privileged:
+                rollouts.append(_under_both(rollouts[-1]))
+        return rollouts
 
     def _request(self, prompt: Prompt, sample: int, *, privileged: bool) -> GenerationRequest:
         context = self._privileged_ids(prompt) if privileged else None
@@ -135,19 +151,19 @@ class Collector:
             seed=_seed(self._config.seed, prompt.id, sample),
         )
 
-    def _rollout(self, prompt: Prompt, sample: int, completion: Completion) -> Rollout:
+    def _rollout(self, prompt: Prompt, sample: int, completion: Completion, *, by: str) -> Rollout:
         length = len(completion.token_ids)
         others = np.full(length, NOT_THE_STUDENT, dtype=np.int32)
         return Rollout(
-            id=f"{prompt.id}/{sample}",
+            id=f"{prompt.id}/{sample}" if by == self._config.rollout.source else f"{prompt.id}/{by}",
             prompt_id=prompt.id,
             index=prompt.index * self._config.rollout.samples_per_prompt + sample,
             domain=prompt.domain,
-            prompt_ids=self._learnt_under(prompt),
+            prompt_ids=self._learnt_under(prompt, by),
             completion_ids=completion.token_ids,
-            loss_mask=np.ones(length, dtype=np.bool_),
+            loss_mask=np.full(length, self._learnt(by), dtype=np.bool_),
             student_logprobs=completion.logprobs,
-            weight_versions=completion.weight_versions if self._on_policy else others,
+            weight_versions=completion.weight_versions if by == "student" else others,
             finish_reason=completion.finish_reason,
             temperature=self._config.rollout.sampling.temperature,
             reward=self._judge(prompt, completion),
@@ -170,8 +186,12 @@ class Collector:
             finish_reason=FinishReason.STOP,
         )
 
-    async def _scores(self, teacher: TeacherClient, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+    async def _scores(self, rollouts: Sequence[Rollout]) -> list[TeacherScores | None]:
+        """The teacher's scores of the rollouts for which a term of the objective reads them."""
         objective = self._config.objective
+        scored = [rollout for rollout in rollouts if objective.scored(rollout.origin)]
+        if self._teacher is None or not scored:
+            return [None] * len(rollouts)
         items = [
             ScoreItem(
                 id=rollout.id,
@@ -180,18 +200,24 @@ class Collector:
                 teacher_context_ids=rollout.teacher_context_ids,
                 token_ids=rollout.support_ids,
             )
-            for rollout in rollouts
+            for rollout in scored
         ]
-        top_k = objective.k if objective.k and objective.support == "teacher_topk" else 0
-        return await teacher.score(items, WANTED[objective.tier], top_k, expect=self._identity)
+        want, top_k = _wanted(objective)
+        answers = await self._teacher.score(items, want, top_k, expect=self._identity)
+        found = dict(zip((rollout.id for rollout in scored), answers, strict=True))
+        return [found.get(rollout.id) for rollout in rollouts]
 
     def _prompt_ids(self, prompt: Prompt) -> IntArray:
         return np.array(render(self._tokenizer, prompt.messages), dtype=np.int32)
 
-    def _learnt_under(self, prompt: Prompt) -> IntArray:
+    def _learnt(self, by: str) -> bool:
+        """Whether a term is for text of this source; a student's that none is for may still be judged."""
+        origin = "student" if by == "student" else "others"
+        return any(term.over in {"all", origin} for term in self._config.objective.terms.values())
+
+    def _learnt_under(self, prompt: Prompt, by: str) -> IntArray:
         """The prompt that the completion is trained under: the student's, or for a share of references the hint."""
-        share = self._config.rollout.privileged_share
-        if self._writer is None and _fraction(prompt.id) < share:
+        if by == "reference" and _fraction(prompt.id) < self._config.rollout.privileged_share:
             privileged = self._privileged_ids(prompt)
             assert privileged is not None, "checked by the plan"
             return privileged
@@ -208,9 +234,35 @@ class Collector:
         text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         return self._environment.score(prompt, text)
 
-    @property
-    def _on_policy(self) -> bool:
-        return self._config.rollout.source == "student"
+
+def _under_both(rollout: Rollout) -> Rollout:
+    """The same completion once more, to be learnt under the teacher's own prompt."""
+    assert rollout.teacher_context_ids is not None, "checked by the plan"
+    return dataclasses.replace(
+        rollout, id=f"{rollout.id}/privileged", prompt_ids=rollout.teacher_context_ids, privileged=True
+    )
+
+
+def _support_k(objective: Objective) -> int:
+    """Entries of the student's own top-k that are kept while it writes, for a teacher to score."""
+    return max((term.support.k for term in _scoring(objective) if isinstance(term.support, StudentTopK)), default=0)
+
+
+def _wanted(objective: Objective) -> tuple[frozenset[Want], int]:
+    """What the terms read of a teacher, and the entries of its own top-k."""
+    terms = _scoring(objective)
+    gates = [gate for term in terms for gate in term.gates]
+    own = [term.support.k for term in terms if isinstance(term.support, TeacherTopK)]
+    own += [1 for gate in gates if isinstance(gate, Confidence)]
+    want: set[Want] = {"sampled"}
+    want |= {"topk"} if own else set()
+    want |= {"token_ids"} if _support_k(objective) else set()
+    want |= {"entropy"} if any(isinstance(gate, EntropyGap | TeacherEntropyAbove) for gate in gates) else set()
+    return frozenset(want), max(own, default=0)
+
+
+def _scoring(objective: Objective) -> list[Term]:
+    return [term for term in objective.terms.values() if term.reads_scores]
 
 
 def _seed(run_seed: int, prompt_id: str, sample: int) -> int:

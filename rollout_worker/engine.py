@@ -144,7 +144,7 @@ def check_requests(
     if 0 < sampling.temperature < COOLEST:
         raise ConfigError(f"rollout.sampling.temperature is {sampling.temperature}: write 0 (greedy) or >= {COOLEST}")
     if not 0 <= support_k <= vocab_size:
-        raise ConfigError(f"objective.k is {support_k}, the student's vocabulary has {vocab_size} entries")
+        raise ConfigError(f"objective.support.k is {support_k}, the student's vocabulary has {vocab_size} entries")
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:

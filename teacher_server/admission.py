@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from potstill.methods import Tier
+from potstill.algebra.objective import Tier
 from potstill.tokenization import render
 from potstill.types import IntArray, TeacherIdentity
 from potstill.wire import Capabilities, ScoreItem, ScoreRequest

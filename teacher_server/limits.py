@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from potstill.errors import ConfigError, PotstillError
+from potstill.wire import MAX_TOP_K
 
 _TYPES = {
     401: "authentication_error",
@@ -27,7 +28,7 @@ class Limits:
 
     max_items: int = 256
     max_tokens: int = 262_144  # of one request, contexts included
-    max_top_k: int = 128  # also of ids per position that a caller chooses
+    max_top_k: int = MAX_TOP_K  # also of ids per position that a caller chooses
     max_body_bytes: int = 64 * 2**20
     max_deadline_s: float = 600.0  # after which a request is given up whatever its client says
     queue_tokens: int = 524_288  # waiting and being scored, over all requests

@@ -63,12 +63,18 @@ def make_scored(
 
 
 def random_batch(
-    lengths: Sequence[tuple[int, int]], *, vocabulary: int, seed: int, k: int = 3, masks: Sequence[Any] | None = None
+    lengths: Sequence[tuple[int, int]],
+    *,
+    vocabulary: int,
+    seed: int,
+    k: int = 3,
+    masks: Sequence[Any] | None = None,
+    by: str = "student",
 ) -> list[ScoredRollout]:
     """Rollouts of (prompt, completion) lengths with every field filled: a random teacher, a random stale sampler.
 
     The teacher's numbers are of one distribution per token, so that its sampled, top-k and given-id scores agree.
-    A privileged context, two tokens longer than the prompt, is there for self-teachers.
+    A privileged context, two tokens longer than the prompt, is there for self-teachers. by="others": nobody sampled it.
     """
     random = np.random.default_rng(seed)
     batch = []
@@ -84,6 +90,7 @@ def random_batch(
             mask=None if masks is None else masks[number],
             student=_log_softmax(random.normal(0, 1, (num_completion, vocabulary)))[range(num_completion), completion],
             teacher_context=random.integers(0, vocabulary, num_prompt + 2),
+            versions=[0 if by == "student" else -1] * num_completion,
             support_ids=support,
         )
         scores = scores_of(teacher, completion=completion, topk=topk, support=support)

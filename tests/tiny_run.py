@@ -13,7 +13,8 @@ import threading
 from pathlib import Path
 
 from orchestrator.reporting import HttpReporter
-from potstill.config import RunConfig, load
+from potstill.config import RunConfig
+from potstill.config_file import load
 from potstill.errors import NonFinite
 from potstill.journal import Journal, Status
 

@@ -14,9 +14,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from learner.aggregation import Denominators
 from learner.attention import IMPLEMENTATION
 from learner.model import CausalModel
-from learner.targets import trainable
-from learner.trainer import Trainer
-from potstill.config import RunConfig, parse
+from learner.trainer import Trainer, totals
+from potstill.config import RunConfig
+from potstill.config_file import parse
 from potstill.types import ScoredRollout, StepReport
 
 VOCABULARY = 11
@@ -95,22 +95,23 @@ def make_trainer(*, seed: int = 0, tie: bool = False, **config: Any) -> Trainer:
     return Trainer(make_config(**config), make_student(seed=seed, tie=tie))
 
 
-def masks_of(trainer: Trainer, batch: Sequence[ScoredRollout]) -> list[Any]:
-    return [trainable(scored, trainer.config.objective) for scored in batch]
-
-
 def denominators_of(trainer: Trainer, batch: Sequence[ScoredRollout]) -> Denominators:
     """What the buffer would count: trainable tokens, and the sequences that have any."""
-    counts = [int(mask.sum()) for mask in masks_of(trainer, batch)]
+    counts = [int(mask.sum()) for mask in trainer.masks(batch)]
     return Denominators(num_loss_tokens=sum(counts), num_sequences=sum(count > 0 for count in counts))
 
 
 def loss_and_gradient(
-    trainer: Trainer, batch: Sequence[ScoredRollout], denominators: Denominators | None = None
+    trainer: Trainer,
+    batch: Sequence[ScoredRollout],
+    denominators: Mapping[str, Denominators] | None = None,
+    *,
+    step: int = 1,
 ) -> tuple[float, Tensor]:
-    """Of the batch, without a step; by default the batch is the whole step."""
-    denominators = denominators or denominators_of(trainer, batch)
-    loss = trainer.accumulate(batch, masks_of(trainer, batch), denominators)["loss"]
+    """Of the batch, without moving; by default the batch is the whole step."""
+    masks = trainer.masks(batch)
+    tally = trainer.accumulate(batch, masks, denominators or totals(batch, masks), step=step)
+    loss = sum(loss.item() for loss in tally.losses.values())
     return loss, torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None])
 
 

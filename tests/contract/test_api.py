@@ -12,7 +12,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.gate import MAX_BODY_BYTES
-from potstill.config import load, parse
+from potstill.config_file import load, parse
 from potstill.errors import ServiceError
 from tests.launchers import AwayLauncher, ProcessLauncher
 from tests.service_configs import submitted

@@ -295,7 +295,7 @@ def test_an_update_while_requests_run_leaves_every_token_with_the_version_that_w
         ({"prompt_ids": np.array([-1], np.int32)}, sampling(5), 0, "outside the vocabulary"),
         ({"seed": -1}, sampling(5), 0, "seed -1"),
         ({}, sampling(5, temperature=0.001), 0, "temperature is 0.001"),
-        ({}, sampling(5), 260, "objective.k is 260"),
+        ({}, sampling(5), 260, "objective.support.k is 260"),
     ],
 )
 def test_a_request_that_an_engine_would_silently_change_is_refused(

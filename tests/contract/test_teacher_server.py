@@ -20,9 +20,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from potstill.algebra.objective import Tier
 from potstill.codec import JSON, encode_request
 from potstill.errors import TeacherRefused, TokenizerMismatch
-from potstill.methods import Tier
 from potstill.probe import probe
 from potstill.teacher_client import TeacherClient
 from potstill.tokenization import load_tokenizer, render

@@ -5,8 +5,10 @@ The processes of a run are found in its own process tree, and only those are tou
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +72,11 @@ class Running:
         """Exit code, status.json and stderr, once the process has ended by itself."""
         _, said = self.process.communicate(timeout=ENDED_S)
         return self.process.returncode, json.loads((self.folder / "status.json").read_text()), said
+
+    def headline(self) -> str:
+        """What the page of the run says first."""
+        page = (self.folder / "report.html").read_text()
+        return html.unescape(page.partition("<h1>")[2].partition("</h1>")[0])
 
     def check_nothing_is_left(self, *, but: tuple[str, ...] = ()) -> None:
         ours = [process for process in self.family if self.names[process.pid] not in but]
@@ -139,6 +146,7 @@ def test_a_run_that_is_told_to_stop_says_cancelled_and_leaves_nothing(
         assert (code, status["status"]) == (exit_code, "cancelled")
         assert "Traceback" not in said
         assert [event["type"] for event in read_jsonl(run.folder / "events.jsonl")][-1] == "run.cancelled"
+        assert re.fullmatch(r"The run was cancelled after step [\d,]+ of 1,000,000\.", run.headline())
         run.check_nothing_is_left()
 
 
@@ -160,6 +168,7 @@ def test_a_run_that_loses_a_process_fails_with_its_name_and_leaves_nothing(
         assert (code, status["status"]) == (1, "failed")
         assert (status["error"]["type"], status["error"]["category"]) == ("WorkerLost", "system")
         assert says in status["error"]["message"]
+        assert re.fullmatch(rf"The run failed after step [\d,]+ of 1,000,000: .*{says}.*", run.headline())
         assert says in said
         assert said.count("\n") == 1
         run.check_nothing_is_left()

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from orchestrator.launch import Site, site
 from orchestrator.report import write_report
 from orchestrator.run import execute, last_checkpoint
-from potstill.config import RunConfig, parse
+from potstill.config import RunConfig
+from potstill.config_file import parse
 from potstill.errors import ConfigError, TokenizerMismatch
 from potstill.journal import Journal, Status, read_jsonl
 from potstill.tokenization import load_tokenizer
@@ -155,7 +156,7 @@ async def test_opd_with_vllm_uses_each_new_version(opened: Site, folder: Path, s
         assert {token["version"] for token in sample["tokens"]} == {sample["step"] - 1}
 
 
-@pytest.mark.parametrize("method", ["opd_sampled", "gkd"])
+@pytest.mark.parametrize("method", ["opd_sampled", "gkd_topk"])
 async def test_other_methods_with_a_served_teacher(opened: Site, folder: Path, served: Any, method: str):
     config = make_config(folder, method, "loop.steps=2", method=method, teacher=served)
     left = await run(opened, config)

@@ -13,17 +13,18 @@ from orchestrator.foreground import until_done
 from orchestrator.quickstart import RECIPES, Quickstart
 from orchestrator.report import write_report
 from potstill.display import make_display
+from potstill.errors import ConfigError
 from potstill.journal import read_jsonl, write_json
 
 SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
 SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
 
 
-def quickstart(name: str, runs: Path) -> dict[str, Any]:
+def quickstart(name: str, runs: Path, *changes: str) -> dict[str, Any]:
     recipe = RECIPES[name]
     phases = dict.fromkeys([*recipe.prepared, recipe.distil, recipe.control])
     with make_display(None, name, file=io.StringIO(), phases=phases) as display:
-        started = Quickstart(recipe, seed=0, changes=SHORT, runs=runs, folder=runs / name, display=display)
+        started = Quickstart(recipe, seed=0, changes=[*SHORT, *changes], runs=runs, folder=runs / name, display=display)
         return until_done(started.run)
 
 
@@ -54,3 +55,11 @@ def test_a_second_start_takes_the_preparations_from_the_cache(tmp_path: Path):
     quickstart("opsd", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("status.json")} == before
     assert json.loads((tmp_path / "opsd" / "status.json").read_text())["status"] == "succeeded"
+
+
+def test_a_phase_that_fails_leaves_its_page(tmp_path: Path):
+    with pytest.raises(ConfigError, match="exceed the 13 positions"):
+        quickstart("opsd", tmp_path, "rollout.max_prompt_tokens=1")
+    (page,) = tmp_path.glob("cache/hint_student-*/report.html")
+    assert "<h1>The run failed before its first step: " in page.read_text()
+    assert not (tmp_path / "opsd").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from learner import canaries
-from learner.aggregation import Denominators
+from learner.logprobs import Tally
 from learner.trainer import Batch, Masks, Trainer
 from potstill.errors import RunError, SignalLost
 from potstill.types import ScoredRollout, ScoreStatus, TeacherScores
@@ -32,9 +32,9 @@ from tests.trainers import (
 
 STUDENT, TEACHER, K = 0, 1, 3
 METHODS: dict[str, dict[str, Any]] = {
-    "opd": {"method": "opd", "objective": {"k": K}},
+    "opd": {"method": "opd", "objective": {"support": {"k": K}}},
     "opd_sampled": {"method": "opd_sampled"},
-    "gkd": {"method": "gkd", "objective": {"k": K}},
+    "gkd_topk": {"method": "gkd_topk", "objective": {"support": {"k": K}}},
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -80,15 +80,15 @@ def rewritten(batch: Batch, change: Callable[[Any], Any]) -> list[ScoredRollout]
 class Backwards(Trainer):
     """Reads every completion's scores from its last token to its first."""
 
-    def accumulate(self, batch: Batch, masks: Masks, denominators: Denominators) -> dict[str, float]:
-        return super().accumulate(rewritten(batch, lambda a: a[::-1].copy()), masks, denominators)
+    def accumulate(self, batch: Batch, masks: Masks, *rest: Any, step: int) -> Tally:
+        return super().accumulate(rewritten(batch, lambda a: a[::-1].copy()), masks, *rest, step=step)
 
 
 class OneTokenOff(Trainer):
     """Reads each token's scores one place too early."""
 
-    def accumulate(self, batch: Batch, masks: Masks, denominators: Denominators) -> dict[str, float]:
-        return super().accumulate(rewritten(batch, lambda a: np.roll(a, 1, axis=0)), masks, denominators)
+    def accumulate(self, batch: Batch, masks: Masks, *rest: Any, step: int) -> Tally:
+        return super().accumulate(rewritten(batch, lambda a: np.roll(a, 1, axis=0)), masks, *rest, step=step)
 
 
 class Deaf(Trainer):
@@ -96,9 +96,9 @@ class Deaf(Trainer):
 
     heard: Batch | None = None
 
-    def accumulate(self, batch: Batch, masks: Masks, denominators: Denominators) -> dict[str, float]:
+    def accumulate(self, batch: Batch, masks: Masks, *rest: Any, step: int) -> Tally:
         self.heard = self.heard or batch
-        return super().accumulate(self.heard, masks, denominators)
+        return super().accumulate(self.heard, masks, *rest, step=step)
 
 
 @every_method
@@ -180,4 +180,4 @@ def test_a_batch_without_any_score_is_no_pass() -> None:
     failed = unscored(IDENTITY, ScoreStatus.DEADLINE, num_tokens=4, top_k=K, num_ids=0, entropy=False)
     batch = [ScoredRollout(rollout=honest_batch()[0].rollout, scores=failed)]
     with pytest.raises(SignalLost, match="the teacher scored none"):
-        canaries.check(make_trainer(seed=STUDENT, **METHODS["gkd"]), batch)
+        canaries.check(make_trainer(seed=STUDENT, **METHODS["gkd_topk"]), batch)

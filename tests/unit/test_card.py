@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from orchestrator.card import model_card
-from potstill.config import RunConfig, parse
+from potstill.config import RunConfig
+from potstill.config_file import parse
 
 
 def make_config(*, name: str = "one") -> RunConfig:

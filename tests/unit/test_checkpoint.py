@@ -24,10 +24,11 @@ from tests.trainers import SELF_TEACHER, VOCABULARY, make_config, plain_logits, 
 
 LORA = {"rank": 2, "alpha": 4.0}
 RUNS: dict[str, dict[str, Any]] = {
-    "all weights": {"method": "opd", "objective": {"k": 3}},
-    "adapter": {"method": "opd", "objective": {"k": 3}, "student": {"lora": LORA}},
+    "all weights": {"method": "opd", "objective": {"support": {"k": 3}}},
+    "adapter": {"method": "opd", "objective": {"support": {"k": 3}}, "student": {"lora": LORA}},
     "frozen": {"method": "opsd", "teacher": SELF_TEACHER},
     "ema": {"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "ema"}},
+    "taid": {"method": "taid", "teacher": SELF_TEACHER},
     "adapter, ema": {"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "ema"}, "student": {"lora": LORA}},
 }
 every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -82,8 +83,8 @@ def test_a_restored_run_continues_bit_for_bit(run: dict[str, Any], model: str, m
     assert resumed.version == 3
     train(resumed, 4, 5)
     assert same(weights_of(through.student), weights_of(resumed.student))
-    if through.teacher is not None and resumed.teacher is not None:
-        assert same(through.teacher.state(), resumed.teacher.state())
+    assert same(through.inner.state(), resumed.inner.state())
+    assert through.schedules.state() == resumed.schedules.state()
 
 
 def test_without_the_optimizers_state_it_would_not(models: Path, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from potstill import __version__
-from potstill.config import load
+from potstill.algebra.objective import Objective
+from potstill.config_file import load
 from potstill.methods import PRESETS
 from tests.builders_teacher import KEY, teacher_server
 from tests.tiny_models import save_tiny_model
@@ -97,7 +99,7 @@ def test_a_misspelt_key_is_one_line_and_nothing_is_written(place: Path, command:
 
 def test_a_run_that_cannot_work_is_refused_before_anything_is_written(place: Path):
     before = contents(place)
-    assert_one_line(potstill("run", "run.toml", "method=opsd", at=place), 2, "methods that it can serve: opd")
+    assert_one_line(potstill("run", "run.toml", "method=opsd", at=place), 2, "nearest that it can serve: ")
     assert_one_line(potstill("run", "run.toml", "data.path=none.jsonl", at=place), 2, "none.jsonl")
     assert_one_line(potstill("run", "run.toml", "eval.items=3", at=place), 2, "eval.items = 3", "data.holdout")
     assert_one_line(potstill("run", "none.toml", at=place), 2, "none.toml: cannot be read")
@@ -107,12 +109,18 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_written(place: Pat
 def test_methods_are_listed_with_what_they_need(place: Path):
     for_people, for_programs = potstill("methods", at=place), potstill("methods", "--json", at=place)
     found = json.loads(for_programs.stdout)
-    assert {name: row["teacher_tier"] for name, row in found.items()} == {
-        name: method.objective.tier.name for name, method in PRESETS.items()
+    assert {name: row["needs"] for name, row in found.items()} == {
+        name: dict(method.needs) for name, method in PRESETS.items()
     }
     for name, method in PRESETS.items():
         assert name in for_people.stdout
         assert method.phrase in for_people.stdout
+
+
+def test_a_method_is_shown_whole_and_its_objective_can_be_pasted_into_a_config(place: Path):
+    shown = yaml.safe_load(potstill("methods", "tsd_kd", at=place).stdout)["tsd_kd"]
+    assert Objective.model_validate(shown["objective"]) == PRESETS["tsd_kd"].objective
+    assert_one_line(potstill("methods", "tsd", at=place), 2, "did you mean", "tsd_kd")
 
 
 def test_doctor_says_what_there_is_and_its_exit_code_whether_it_is_enough(place: Path):
@@ -138,7 +146,8 @@ def test_a_probe_says_what_a_teacher_can_be_used_for(place: Path):
         refused = potstill("teacher", "probe", server.url, "--key-env", "SECRET", at=place, SECRET="wrong")
     found = json.loads(done.stdout)
     assert (done.returncode, found["problem"], found["tier"]) == (0, None, "IDS")
-    assert found["methods"] == ["opd", "opd_sampled", "gkd", "sft"]
+    assert {"opd", "opd_sampled", "gkd_topk", "sft"} <= set(found["methods"])
+    assert not {"gkd", "opsd"} & set(found["methods"])
     assert refused.returncode == 3
     assert "401" in refused.stdout
 

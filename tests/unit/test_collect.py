@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from potstill.config import JsonlData, RunConfig, SamplingConfig, parse
+from potstill.config import JsonlData, RunConfig, SamplingConfig
+from potstill.config_file import parse
 from potstill.environments import Environment, open_environment
 from potstill.errors import ConfigError
 from potstill.tokenization import render
@@ -112,14 +114,12 @@ def environment(tmp_path: Path) -> Environment:
 def make_collector(
     config: RunConfig, environment: Environment, *, student: Any = None, writer: Any = None, teacher: Any = None
 ) -> Collector:
-    """The student writes unless another writer is given or the config says that the data's own solutions are used."""
+    """A student that writes what it always writes, and beside it the teacher's engine where one is given."""
     student = student or ScriptedEngine()
-    if config.rollout.source == "student":
-        writer = student
     return Collector(
         config,
         student=student,
-        writer=writer,
+        teacher_engine=writer,
         tokenizer=TOKENIZER,
         environment=environment,
         teacher=teacher,
@@ -157,7 +157,7 @@ async def test_what_the_student_writes_is_its_own(environment: Environment):
 
 async def test_the_engine_is_asked_for_the_configs_sampling_and_the_students_own_top_k(environment: Environment):
     engine = ScriptedEngine()
-    config = make_config("objective.k=3")
+    config = make_config("objective.support.k=3")
     collected = await make_collector(config, environment, student=engine).collect(prompts(environment, 1))
     assert engine.asked == [(config.rollout.sampling, True, 3)]
     rollout = only(collected).rollout
@@ -165,7 +165,7 @@ async def test_the_engine_is_asked_for_the_configs_sampling_and_the_students_own
     assert rollout.support_ids.shape == (2, 3)
 
 
-@pytest.mark.parametrize("method", ["opd_sampled", "gkd"])
+@pytest.mark.parametrize("method", ["opd_sampled", "gkd_topk"])
 async def test_a_support_that_is_not_the_students_is_not_asked_of_it(environment: Environment, method: str):
     engine = ScriptedEngine()
     await make_collector(make_config(method=method), environment, student=engine).collect(prompts(environment, 1))
@@ -192,7 +192,7 @@ async def test_seeds_depend_on_run_prompt_and_sample_and_on_nothing_else(environ
     assert len(set(all_of_run_0.values())) == 4
     assert all(0 <= seed < 2**63 for seed in all_of_run_0.values())
     assert await seeds(0, both[::-1]) == all_of_run_0
-    assert (await seeds(0, both[1:], samples=4, method="gkd")).items() >= {
+    assert (await seeds(0, both[1:], samples=4, method="gkd_topk")).items() >= {
         name: seed for name, seed in all_of_run_0.items() if name.startswith("train-1")
     }.items()
     assert set(all_of_run_0.values()).isdisjoint((await seeds(1, both)).values())
@@ -246,7 +246,7 @@ async def test_a_teacher_that_scores_gets_its_privileged_prompt_beside_the_stude
     ("method", "want", "top_k", "with_ids"),
     [
         ("opd", {"sampled", "token_ids"}, 0, True),
-        ("gkd", {"sampled", "topk"}, 16, False),
+        ("gkd_topk", {"sampled", "topk"}, 16, False),
         ("opd_sampled", {"sampled"}, 0, False),
     ],
 )
@@ -254,7 +254,7 @@ async def test_a_teacher_is_asked_for_what_the_method_reads(
     environment: Environment, method: str, want: set[str], top_k: int, with_ids: bool
 ):
     teacher = ScriptedTeacher()
-    config = make_config(*(["objective.k=4"] if method == "opd" else []), method=method)
+    config = make_config(*(["objective.support.k=4"] if method == "opd" else []), method=method)
     collected = await make_collector(config, environment, teacher=teacher).collect(prompts(environment))
     ((items, wanted, k, expected),) = teacher.asked
     assert (set(wanted), k, expected) == (want, top_k, IDENTITY)
@@ -295,7 +295,52 @@ async def test_the_writer_is_judged_with_its_privilege_and_the_student_without(e
     assert writer.requests[0].prompt_ids.tolist() == chat("1 + 2 = ? (it is 3)")
 
 
-async def test_nobody_can_be_judged_as_writer_where_nobody_writes(environment: Environment):
+async def test_no_teacher_can_be_judged_where_none_writes(environment: Environment):
     config = make_config(method="sft", source="reference", teacher={"kind": "none"})
-    with pytest.raises(ConfigError, match="nobody writes"):
+    with pytest.raises(ConfigError, match="no teacher writes"):
         await make_collector(config, environment).evaluate(prompts(environment, 1), "writer")
+
+
+async def test_a_text_beside_the_students_own_is_of_the_same_prompt_and_nobodys_weights(environment: Environment):
+    config = make_config("rollout.beside=reference", method="stable_opd")
+    collected = await make_collector(config, environment, teacher=ScriptedTeacher()).collect(prompts(environment))
+    found = [(s.rollout.id, s.rollout.origin, s.scores is not None) for s in collected.scored]
+    assert found == [
+        ("train-0/0", "student", True),
+        ("train-1/0", "student", True),
+        ("train-0/reference", "others", False),
+        ("train-1/reference", "others", False),
+    ]
+
+
+async def test_a_share_of_the_prompts_is_answered_by_the_data_instead_and_always_the_same(environment: Environment):
+    changes = ("rollout.beside=reference", "rollout.beside_share=0.5", "rollout.beside_instead=true")
+    two = prompts(environment)
+    many = [Prompt(**{**_fields(two[i % 2]), "id": f"p{i}"}) for i in range(100)]
+
+    async def origins(taken: Sequence[Prompt]) -> dict[str, str]:
+        collected = await make_collector(make_config(*changes, method="gkd_topk"), environment).collect(taken)
+        return {scored.rollout.prompt_id: scored.rollout.origin for scored in collected.scored}
+
+    found = await origins(many)
+    assert len(found) == 100
+    assert 30 < sum(origin == "others" for origin in found.values()) < 70
+    assert await origins(many[::-1]) == found
+
+
+async def test_a_privileged_view_writes_once_under_the_hint_and_is_learnt_under_both_prompts(environment: Environment):
+    engine = ScriptedEngine()
+    teacher = {"kind": "self", "privileged_template": "{prompt} (it is {answer})"}
+    config = make_config("rollout.view=privileged", method="opsd", teacher=teacher)
+    collected = await make_collector(config, environment, student=engine).collect(prompts(environment, 1))
+    own, privileged = (scored.rollout for scored in collected.scored)
+    assert engine.requests[0].prompt_ids.tolist() == chat("1 + 2 = ? (it is 3)")
+    assert own.prompt_ids.tolist() == chat("1 + 2 = ?")
+    assert privileged.prompt_ids.tolist() == chat("1 + 2 = ? (it is 3)")
+    assert (own.origin, privileged.origin) == ("student", "privileged")
+    assert own.completion_ids.tolist() == privileged.completion_ids.tolist()
+    assert own.student_logprobs.tolist() == privileged.student_logprobs.tolist()
+
+
+def _fields(prompt: Prompt) -> dict[str, Any]:
+    return {field.name: getattr(prompt, field.name) for field in dataclasses.fields(prompt)}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from orchestrator import quickstart
-from potstill import config_page, recipes
+from potstill import config_page, methods_page, recipes
+from potstill.algebra.objective import Objective, Tier
+from potstill.algebra.supports import StudentTopK
 from potstill.cli import app
-from potstill.config import ScratchConfig, load, read_mapping
+from potstill.config import RunConfig, ScratchConfig
+from potstill.config_file import load, read_mapping
+from potstill.methods import PRESETS
+from potstill.methods.method import objective
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
@@ -48,9 +54,74 @@ def test_the_page_of_settings_is_the_one_that_the_config_makes():
     assert (ROOT / "docs" / "config.md").read_text() == config_page.page()
 
 
+def test_the_page_of_methods_is_the_one_that_the_presets_make():
+    assert (ROOT / "docs" / "methods.md").read_text() == methods_page.page()
+
+
+def test_the_page_of_methods_has_every_preset_once_in_its_family_and_once_in_the_grid():
+    families = [name for _, presets in methods_page.FAMILIES for name in presets]
+    assert sorted(families) == sorted(PRESETS)
+    grid = methods_page.page().partition("## All of them")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"`(\w+)`", grid)) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize(("having", "tier", "names"), [choice[:3] for choice in methods_page.CHOICES])
+def test_a_recommended_method_can_run_with_the_teacher_that_one_has(having: str, tier: Tier, names: tuple[str, ...]):
+    unfit = [name for name in names if PRESETS[name].objective.tier > tier or PRESETS[name].missing]
+    assert unfit == []
+    assert all(PRESETS[name].objective.reads_reward == ("verifier" in having) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (objective(loss="likelihood"), "likelihood; by token_mean"),
+        (
+            objective(support="full", loss="forward_kl", target="taid", weight=0.5, over="student"),
+            "on the student's text: 0.5 · forward_kl over full → taid (start 0.4, rate 0.0005, momentum 0.99); "
+            "by token_mean",
+        ),
+        (
+            objective(
+                over="student",
+                loss={"kind": "policy_gradient", "score": "power"},
+                correction={"kind": "truncated", "level": "sequence"},
+                gates=["entropy_gap", {"kind": "window", "first": 3}],
+                auxiliaries={
+                    "text": {"over": "others", "loss": "likelihood", "aggregation": "sequence_mean"},
+                    "anchor": {
+                        "over": "student",
+                        "loss": "k2",
+                        "against": "reference",
+                        "weight": {"start": 1, "end": 0},
+                    },
+                },
+            ),
+            "on the student's text: policy_gradient (score power, exponent 5) over sampled × entropy_gap "
+            "× window (first 3) × truncated (cap 2, level sequence) by token_mean + "
+            "(1 → 0 from step 1 to the last) · k2 over sampled against the reference by token_mean; "
+            "on others' text: likelihood by sequence_mean",
+        ),
+    ],
+)
+def test_an_objective_is_said_in_the_words_of_the_config(made: Objective, said: str):
+    assert methods_page.computes(made) == said
+
+
+def test_the_number_of_presets_is_said_right():
+    for page in ("README.md", "CHANGELOG.md"):
+        said = re.findall(r"(\d+)(?: presets|\s+of\s+them, each with)", (ROOT / page).read_text())
+        assert said == [str(len(PRESETS))], page
+
+
 @pytest.mark.parametrize("recipe", SHIPPED, ids=names(SHIPPED))
 def test_every_shipped_config_loads(recipe: Path):
     assert load(recipe).loop.steps > 0
+
+
+def test_the_config_of_the_readme_is_one():
+    (table,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert RunConfig.model_validate(tomllib.loads(table)).objective.support == StudentTopK(k=32)
 
 
 def test_every_scratch_model_is_one():

@@ -1,92 +1,404 @@
-"""The sampled estimator's expected gradient, by enumerating every token that could have been sampled."""
+"""Expected gradients of sampled losses, by enumerating every token, or every text, that could have been sampled."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from learner.divergences import reverse_kl
-from learner.estimators import negative_log_likelihood, sampled_reverse_kl
+from learner import estimators
+from learner.chunk import Chunk
+from learner.corrections import token_factor
+from learner.divergences import forward_kl, reverse_kl
+from learner.facts import Facts, Moment
+from potstill.algebra.corrections import Correction, Ignored, Unclipped
+from potstill.algebra.losses import PolicyGradient
+from potstill.section import Ramp
+
+V = 5
+NOW = Moment(step=1, steps=10, schedule={})
+UNCLIPPED = Unclipped()
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
 
-def random_logits(*, seed: int, outcomes: int = 7) -> Tensor:
-    return torch.randn(outcomes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def logits(*, seed: int, shape: tuple[int, ...] = (V,)) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def expected_gradient(loss: Callable[[Tensor], Tensor], z: Tensor, behaviour: Tensor) -> Tensor:
-    """Σ_a μ(a) ∂loss(a)/∂z: `loss` takes log q of all tokens at once, as if each had been sampled."""
+def logprobs(*, seed: int, shape: tuple[int, ...] = (V,)) -> Tensor:
+    return logits(seed=seed, shape=shape).log_softmax(-1)
+
+
+def gradient(value: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     z = z.clone().requires_grad_()
-    return torch.autograd.grad((behaviour * loss(z.log_softmax(-1))).sum(), z)[0]
+    return torch.autograd.grad(value(z), z)[0]
 
 
 def gradient_of_reverse_kl(z: Tensor, logp: Tensor) -> Tensor:
-    z = z.clone().requires_grad_()
-    return torch.autograd.grad(reverse_kl(z.log_softmax(-1), logp), z)[0]
+    return gradient(lambda z: reverse_kl(z.log_softmax(-1), logp), z)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_expected_gradient_is_that_of_the_reverse_kl_whoever_sampled(seed: int) -> None:
-    z, logp = random_logits(seed=seed), random_logits(seed=seed + 100).log_softmax(-1)
-    log_mu = random_logits(seed=seed + 200).log_softmax(-1)
-    found = expected_gradient(
-        lambda logq: sampled_reverse_kl(logq, logp, log_mu, ratio_cap=None), z, behaviour=log_mu.exp()
-    )
-    torch.testing.assert_close(found, gradient_of_reverse_kl(z, logp), rtol=1e-12, atol=1e-14)
+def expected_gradient(loss: Callable[[Tensor], Tensor], z: Tensor, log_mu: Tensor) -> Tensor:
+    """Σ_a μ(a) ∂loss(a)/∂z: `loss` takes log q of all tokens at once, as if each had been sampled."""
+    return gradient(lambda z: (log_mu.exp() * loss(z.log_softmax(-1))).sum(), z)
 
 
-def test_an_advantage_under_the_stale_sampler_would_be_biased() -> None:
-    """Why the advantage is that of the current student."""
-    z, logp, log_mu = (
-        random_logits(seed=1),
-        random_logits(seed=2).log_softmax(-1),
-        random_logits(seed=3).log_softmax(-1),
-    )
-    biased = expected_gradient(
-        lambda logq: -(logq - log_mu).exp() * (logp - log_mu).detach(), z, behaviour=log_mu.exp()
-    )
-    assert (biased - gradient_of_reverse_kl(z, logp)).abs().max() > 0.05
+def completions(*lengths: int, **facts: Any) -> Facts:
+    zeros = torch.zeros(sum(lengths), dtype=torch.int64)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Facts(**{"token_ids": zeros, "lengths": lengths, "positions": positions, "origin": zeros, **facts})
+
+
+def every_token(z: Tensor, **facts: Any) -> Chunk:
+    """A chunk of V completions of one token each: every token that could have been written at one position."""
+    return Chunk(z.expand(V, V), torch.arange(V), completions(*(1,) * V, token_ids=torch.arange(V), **facts))
+
+
+def logits_of(logp: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: logp.expand(len(rows), V)
+
+
+def expected_policy_gradient(
+    choice: PolicyGradient, z: Tensor, log_mu: Tensor, logp: Tensor, correction: Correction = UNCLIPPED, **facts: Tensor
+) -> Tensor:
+    """Over every token, as learner/terms.py puts the parts together."""
+
+    def loss(z: Tensor) -> Tensor:
+        chunk = every_token(z, teacher=logp, teacher_logits=logits_of(logp), behaviour=log_mu, **facts)
+        advantage = estimators.advantage(choice, chunk, moment=NOW)
+        factor = token_factor(correction, chunk.written - log_mu, advantage)
+        return (log_mu.exp() * factor * estimators.policy_gradient(chunk.written, advantage)).sum()
+
+    return gradient(loss, z)
+
+
+# One token
+
+
+def test_negative_log_likelihood_is_minus_log_q() -> None:
+    assert estimators.negative_log_likelihood(torch.tensor([-0.25, -3.0])).tolist() == [0.25, 3.0]
+
+
+def test_a_policy_gradients_value_is_minus_the_advantage_and_only_the_student_has_a_gradient() -> None:
+    logq = torch.tensor([-0.5, -2.0], requires_grad=True)
+    advantage = torch.tensor([3.0, -0.25], requires_grad=True)
+    loss = estimators.policy_gradient(logq, advantage)
+    of_logq, of_advantage = torch.autograd.grad(loss.sum(), (logq, advantage), allow_unused=True)
+    assert loss.tolist() == of_logq.tolist() == [-3.0, 0.25]
+    assert of_advantage is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_policy_gradient_of_the_current_students_advantage_is_the_reverse_kl_whoever_sampled(seed: int) -> None:
+    z, logp, log_mu = logits(seed=seed), logprobs(seed=seed + 100), logprobs(seed=seed + 200)
+    found = expected_policy_gradient(PolicyGradient(), z, log_mu, logp)
+    torch.testing.assert_close(found, gradient_of_reverse_kl(z, logp), **EXACT)
+
+
+def test_without_the_ratio_a_stale_sampler_biases_it() -> None:
+    z, logp, log_mu = logits(seed=1), logprobs(seed=2), logprobs(seed=3)
+    found = expected_policy_gradient(PolicyGradient(), z, log_mu, logp, Ignored())
+    assert (found - gradient_of_reverse_kl(z, logp)).abs().max() > 0.05
+
+
+def test_with_the_samplers_log_prob_in_the_advantage_it_is_the_reverse_kl_only_on_policy() -> None:
+    choice = PolicyGradient(student="sampler")
+    z, logp, stale = logits(seed=1), logprobs(seed=2), logprobs(seed=3)
+    exact = gradient_of_reverse_kl(z, logp)
+    assert (expected_policy_gradient(choice, z, stale, logp) - exact).abs().max() > 0.05
+    torch.testing.assert_close(expected_policy_gradient(choice, z, z.log_softmax(-1), logp), exact, **EXACT)
 
 
 def test_differentiating_the_k1_estimate_itself_would_not_learn() -> None:
-    """Why the loss is a policy gradient: log q − log p has the right value and a gradient of zero mean."""
-    z, logp = random_logits(seed=4), random_logits(seed=5).log_softmax(-1)
-    found = expected_gradient(lambda logq: logq - logp, z, behaviour=z.softmax(-1))
+    """Why there is no such loss: log q − log p has the right value and a gradient of zero mean."""
+    z, logp = logits(seed=4), logprobs(seed=5)
+    found = expected_gradient(lambda logq: logq - logp, z, z.log_softmax(-1))
     assert found.abs().max() < 1e-15
     assert gradient_of_reverse_kl(z, logp).abs().max() > 0.05
 
 
-def test_on_policy_its_value_is_log_q_minus_log_p() -> None:
-    logq, logp = torch.tensor([-0.5, -2.0]).double(), torch.tensor([-1.5, -0.1]).double()
-    torch.testing.assert_close(sampled_reverse_kl(logq, logp, logq, ratio_cap=1.0), logq - logp)
+def test_k2_is_the_reverse_kl_on_policy_and_with_a_ratio_for_any_sampler() -> None:
+    z, logp, stale = logits(seed=6), logprobs(seed=7), logprobs(seed=8)
+    exact = gradient_of_reverse_kl(z, logp)
+
+    def corrected(logq: Tensor) -> Tensor:
+        return token_factor(UNCLIPPED, logq - stale, None) * estimators.k2(logq, logp)
+
+    on_policy = expected_gradient(lambda logq: estimators.k2(logq, logp), z, z.log_softmax(-1))
+    torch.testing.assert_close(on_policy, exact, **EXACT)
+    torch.testing.assert_close(expected_gradient(corrected, z, stale), exact, **EXACT)
+    assert (expected_gradient(lambda logq: estimators.k2(logq, logp), z, stale) - exact).abs().max() > 0.05
 
 
-def test_the_cap_truncates_large_ratios_and_leaves_small_ones() -> None:
-    logq = torch.tensor([0.5, 0.2], dtype=torch.float64).log().requires_grad_()
-    log_mu = torch.tensor([0.05, 0.4], dtype=torch.float64).log()  # ratios 10 and 0.5
-    logp = torch.tensor([0.1, 0.3], dtype=torch.float64).log()
-    advantage = (logp - logq).detach()
-    (free,) = torch.autograd.grad(sampled_reverse_kl(logq, logp, log_mu, ratio_cap=None).sum(), logq)
-    (capped,) = torch.autograd.grad(sampled_reverse_kl(logq, logp, log_mu, ratio_cap=4.0).sum(), logq)
-    torch.testing.assert_close(free, -torch.tensor([10.0, 0.5]).double() * advantage)
-    torch.testing.assert_close(capped, -torch.tensor([4.0, 0.5]).double() * advantage)
+def test_k3_without_the_ratio_would_be_the_forward_kl() -> None:
+    """Why there is no such loss."""
+    z, logp = logits(seed=9), logprobs(seed=10)
+    found = expected_gradient(lambda logq: (logp - logq).exp() - 1 - (logp - logq), z, z.log_softmax(-1))
+    forward = gradient(lambda z: forward_kl(z.log_softmax(-1), logp, pointwise_clip=None, zero_sum=False), z)
+    torch.testing.assert_close(found, forward, **EXACT)
 
 
-def test_a_student_that_agrees_with_the_teacher_has_no_gradient() -> None:
-    logq = torch.tensor([-0.5, -2.0], dtype=torch.float64, requires_grad=True)
-    loss = sampled_reverse_kl(logq, logq.detach(), torch.tensor([-1.0, -1.0]).double(), ratio_cap=5.0)
-    assert torch.autograd.grad(loss.sum(), logq)[0].tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("seed", range(3))
+def test_k3_with_the_ratio_is_the_reverse_kl_whoever_sampled(seed: int) -> None:
+    z, logp, log_mu = logits(seed=seed), logprobs(seed=seed + 10), logprobs(seed=seed + 20)
+    found = expected_gradient(lambda logq: estimators.ratio_k3(logq, logp, log_mu, clamp=20.0), z, log_mu)
+    torch.testing.assert_close(found, gradient_of_reverse_kl(z, logp), **EXACT)
 
 
-def test_only_the_students_log_prob_carries_gradient() -> None:
-    logq, logp, log_mu = (torch.tensor([-1.0 - i], requires_grad=True) for i in range(3))
-    sampled_reverse_kl(logq, logp, log_mu, ratio_cap=None).sum().backward()
-    assert logq.grad is not None
-    assert logp.grad is None
-    assert log_mu.grad is None
+def test_k3_with_the_ratio_has_the_value_and_gradient_of_the_formula_left_to_autodiff() -> None:
+    logq, logp, log_mu = logits(seed=1), logits(seed=2), logits(seed=3)
+
+    def formula(logq: Tensor) -> Tensor:
+        return ((logq - log_mu).exp() * ((logp - logq).exp() - 1 - (logp - logq))).sum()
+
+    def ours(logq: Tensor) -> Tensor:
+        return estimators.ratio_k3(logq, logp, log_mu, clamp=20.0).sum()
+
+    torch.testing.assert_close(ours(logq), formula(logq))
+    torch.testing.assert_close(gradient(ours, logq), gradient(formula, logq))
 
 
-def test_negative_log_likelihood_is_minus_log_q() -> None:
-    assert negative_log_likelihood(torch.tensor([-0.25, -3.0])).tolist() == [0.25, 3.0]
+def test_a_clamped_k3_still_pulls_towards_a_teacher_far_away_and_no_harder_than_the_clamp() -> None:
+    logq, logp = torch.tensor([-40.0, -1.0]), torch.tensor([-1.0, -40.0])  # float32, where e^20 leaves no digit of 20
+    loss = estimators.ratio_k3(logq, logp, logq, clamp=20.0)
+    torch.testing.assert_close(loss, torch.tensor([math.exp(20) - 21, math.exp(-20) + 19]))
+    found = gradient(lambda z: estimators.ratio_k3(z, logp, logq, clamp=20.0).sum(), logq)
+    assert found.tolist() == [-20.0, 20.0]
+
+
+# The advantage
+
+
+def test_the_kl_baseline_leaves_the_expected_gradient_and_centres_the_advantage() -> None:
+    z, logp, stale = logits(seed=11), logprobs(seed=12), logprobs(seed=13)
+    choice = PolicyGradient(baseline="kl", distil=0.5)
+    found = expected_policy_gradient(choice, z, stale, logp)
+    torch.testing.assert_close(found, 0.5 * gradient_of_reverse_kl(z, logp), **EXACT)
+    chunk = every_token(z, teacher=logp, teacher_logits=logits_of(logp))
+    advantage = estimators.advantage(choice, chunk, moment=NOW)
+    assert abs((z.softmax(-1) * advantage).sum()) < 1e-15
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, 0.3, 1.0, 1.25])
+def test_extrapolation_rests_where_the_student_is_the_geometric_mixture_and_only_there(extrapolation: float) -> None:
+    logp, reference, stale = logprobs(seed=2), logprobs(seed=3), logprobs(seed=4)
+    choice = PolicyGradient(extrapolation=extrapolation)
+    mixture = (1 - extrapolation) * reference + extrapolation * logp  # logits of ref^(1−λ) p^λ
+    at_rest = expected_policy_gradient(choice, mixture, stale, logp, reference=reference)
+    assert at_rest.abs().max() < 1e-14
+    elsewhere = expected_policy_gradient(choice, logits(seed=5), stale, logp, reference=reference)
+    torch.testing.assert_close(elsewhere, gradient_of_reverse_kl(logits(seed=5), mixture.log_softmax(-1)))
+
+
+def test_the_power_score_lies_between_minus_one_and_one_and_is_zero_where_the_student_agrees() -> None:
+    choice = PolicyGradient(score="power", exponent=3.0)
+    z, logp = 300 * logits(seed=1), (300 * logits(seed=2)).log_softmax(-1)
+    found = estimators.advantage(choice, every_token(z, teacher=logp), moment=NOW)
+    torch.testing.assert_close(found, logp.exp() ** 3 - z.softmax(-1) ** 3)
+    assert found.abs().max() <= 1
+    assert found.min() < -0.9
+    assert found.max() > 0.9
+    assert not estimators.advantage(choice, every_token(z, teacher=z.log_softmax(-1)), moment=NOW).any()
+
+
+def test_the_power_score_refuses_an_extrapolation() -> None:
+    chunk = every_token(logits(seed=1), teacher=logits(seed=2), reference=logits(seed=3))
+    with pytest.raises(ValueError, match="extrapolation"):
+        estimators.advantage(PolicyGradient(score="power", extrapolation=2.0), chunk, moment=NOW)
+
+
+def test_the_reward_is_divided_by_its_groups_deviation_only_when_asked() -> None:
+    reward, deviation = torch.tensor([0.5, -0.5, 0.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.0, 0.0, 2.0])
+    chunk = every_token(logits(seed=1), reward=reward, reward_deviation=deviation)  # no teacher: it is not read
+    by_mean = estimators.advantage(PolicyGradient(distil=0.0, reward=2.0, normalise="mean"), chunk, moment=NOW)
+    assert by_mean.tolist() == [1.0, -1.0, 0.0, 0.0, 2.0]
+    by_std = estimators.advantage(PolicyGradient(distil=0.0, reward=2.0), chunk, moment=NOW)
+    torch.testing.assert_close(by_std, torch.tensor([2.0, -2.0, 0.0, 0.0, 1.0]).double(), rtol=1e-5, atol=0)
+
+
+def test_the_teachers_part_and_the_reward_add_up_with_their_weights_at_the_step() -> None:
+    z, logp, reward = logits(seed=1), logprobs(seed=2), logits(seed=3)
+    choice = PolicyGradient(distil=0.25, reward=Ramp(start=0.0, end=4.0, from_step=1, to_step=5), normalise="mean")
+    chunk = every_token(z, teacher=logp, reward=reward)
+    distilled = 0.25 * (logp - z.log_softmax(-1))
+    torch.testing.assert_close(estimators.advantage(choice, chunk, moment=NOW), distilled)
+    torch.testing.assert_close(
+        estimators.advantage(choice, chunk, moment=dataclasses.replace(NOW, step=3)), distilled + 2.0 * reward
+    )
+
+
+def test_the_advantage_has_no_gradient_and_leaves_the_chunks_log_probs_theirs() -> None:
+    z, logp = logits(seed=1).requires_grad_(), logprobs(seed=2)
+    chunk = every_token(z, teacher=logp, teacher_logits=logits_of(logp))
+    assert not estimators.advantage(PolicyGradient(baseline="kl"), chunk, moment=NOW).requires_grad
+    assert chunk.written.requires_grad
+    assert chunk.logq.requires_grad
+
+
+# Several draws at a position
+
+
+def mean_and_variance(num_draws: int, z: Tensor, log_mu: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the gradient [V], over every tuple of tokens that the draws can be."""
+    draws = torch.tensor(list(itertools.product(range(V), repeat=num_draws)))  # [V^m, m]
+
+    def loss(z: Tensor) -> Tensor:
+        sampled = z.log_softmax(-1)[draws], logp[draws], log_mu[draws]
+        return estimators.sampled_actions(
+            *sampled, scale=1.0, factor=lambda ratio, a: token_factor(UNCLIPPED, ratio, a)
+        )
+
+    probability, each = log_mu[draws].sum(-1).exp(), torch.autograd.functional.jacobian(loss, z)
+    mean = probability @ each
+    return mean, probability @ (each - mean).square()
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, 4])
+def test_draws_are_unbiased_for_any_sampler_and_their_variance_is_one_over_their_number(num_draws: int) -> None:
+    z, log_mu, logp = logits(seed=1), logprobs(seed=2), logprobs(seed=3)
+    mean, variance = mean_and_variance(num_draws, z, log_mu, logp)
+    torch.testing.assert_close(mean, gradient_of_reverse_kl(z, logp), **EXACT)
+    _, variance_of_one = mean_and_variance(1, z, log_mu, logp)
+    torch.testing.assert_close(variance, variance_of_one / num_draws, **EXACT)
+
+
+def test_draws_are_scaled_and_each_has_its_own_factor_and_advantage() -> None:
+    logq, logp, log_mu = (logits(seed=seed, shape=(2, 3)) for seed in (1, 2, 3))
+
+    def factor(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        torch.testing.assert_close(log_ratio, logq - log_mu)
+        torch.testing.assert_close(advantage, 0.5 * (logp - logq))
+        return torch.tensor([1.0, 0.0, 2.0]).double()
+
+    found = estimators.sampled_actions(logq, logp, log_mu, scale=0.5, factor=factor)
+    first, _, third = (0.5 * (logp - logq)).unbind(-1)
+    torch.testing.assert_close(found, -(first + 2 * third) / 3)
+
+
+# What comes after
+
+
+def future(facts: Facts, **choice: Any) -> Tensor:
+    found = estimators.future_advantage(PolicyGradient(**choice), facts)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_the_future_is_what_a_literal_loop_makes_it(discount: float, length_normalised: bool) -> None:
+    lengths = (1, 7, 0, 4)
+    student, teacher = logits(seed=1, shape=(12,)), logits(seed=2, shape=(12,))
+    expected = []
+    for advantages in (0.5 * (teacher - student)).split(lengths):
+        for t in range(len(advantages)):
+            later = [discount ** (u - t) * float(advantages[u]) for u in range(t + 1, len(advantages))]
+            expected.append(sum(later) / (max(len(later), 1) if length_normalised else 1))
+    facts = completions(*lengths, student=student, teacher=teacher)
+    found = future(facts, discount=discount, length_normalised=length_normalised, distil=0.5)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_discount_counts_from_the_token_and_not_from_the_beginning() -> None:
+    facts = completions(4, student=torch.zeros(4), teacher=torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert future(facts, discount=0.5).tolist() == [0.125, 0.25, 0.5, 0.0]
+
+
+def test_tokens_without_loss_take_no_time() -> None:
+    places = torch.tensor([0, 40, 41])  # between the first two lies a tool's answer
+    facts = completions(3, positions=places, student=torch.zeros(3), teacher=torch.tensor([0.0, 0.0, 1.0]))
+    assert future(facts, discount=0.5).tolist() == [0.25, 0.5, 0.0]
+
+
+def test_a_completion_whose_scores_are_missing_is_its_own_affair() -> None:
+    teacher = torch.tensor([1.0, 2.0, torch.nan, torch.nan, 3.0, 4.0])
+    found = future(completions(2, 2, 2, student=torch.zeros(6), teacher=teacher), discount=1.0)
+    assert found[[0, 1, 4, 5]].tolist() == [2.0, 0.0, 4.0, 0.0]
+    assert found[2].isnan()
+
+
+def test_the_future_is_of_the_teachers_part_without_reward_or_baseline() -> None:
+    facts = completions(3, student=logits(seed=1, shape=(3,)), teacher=logits(seed=2, shape=(3,)))
+    richer = future(facts, discount=1.0, baseline="kl", reward=1.0)
+    assert richer.tolist() == future(facts, discount=1.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("choice", "score"),
+    [
+        ({"extrapolation": 2.0}, lambda q, p, ref, mu: 2 * p - q - ref),
+        ({"student": "sampler"}, lambda q, p, ref, mu: p - mu),
+        ({"score": "power", "exponent": 2.0}, lambda q, p, ref, mu: p.exp() ** 2 - q.exp() ** 2),
+    ],
+)
+def test_the_future_is_scored_as_the_token_itself_is(choice: dict[str, Any], score: Callable[..., Tensor]) -> None:
+    q, p, ref, mu = (logprobs(seed=seed, shape=(3,)) for seed in range(4))
+    facts = completions(3, student=q, teacher=p, reference=ref, behaviour=mu)
+    _, second, third = score(q, p, ref, mu).tolist()
+    assert future(facts, discount=1.0, **choice).tolist() == pytest.approx([second + third, third, 0.0])
+
+
+def test_there_is_no_future_without_a_discount_or_a_teachers_part() -> None:
+    facts = completions(2, student=torch.zeros(2), teacher=torch.ones(2))
+    assert estimators.future_advantage(PolicyGradient(discount=0.0), facts) is None
+    assert estimators.future_advantage(PolicyGradient(discount=1.0, distil=0.0, reward=1.0), facts) is None
+
+
+def test_a_look_that_was_not_taken_is_named() -> None:
+    with pytest.raises(ValueError, match=r"facts\.student"):
+        future(completions(2, teacher=torch.ones(2)), discount=1.0)
+
+
+# A tree of two steps: q(a) q(b | a), every text enumerated
+
+FIRST, SECOND = torch.cartesian_prod(torch.arange(V), torch.arange(V)).unbind(-1)
+TOKENS = torch.stack([FIRST, SECOND], -1).flatten()  # of V² texts of two tokens, packed
+NODES = torch.stack([torch.zeros_like(FIRST), 1 + FIRST], -1).flatten()  # row 0: the first token; 1 + a: after token a
+TREE, TEACHER = logits(seed=1, shape=(1 + V, V)), logprobs(seed=2, shape=(1 + V, V))
+
+
+def of_texts(table: Tensor) -> Tensor:
+    """[V²] log-probs of whole texts."""
+    return table[NODES, TOKENS].reshape(-1, 2).sum(-1)
+
+
+GRADIENT_OF_THE_SEQUENCES_KL = gradient(lambda z: reverse_kl(of_texts(z.log_softmax(-1)), of_texts(TEACHER)), TREE)
+
+
+def expected_over_texts(choice: PolicyGradient, *, own: bool = True) -> Tensor:
+    """`own` false: as with future_only."""
+    logq = TREE.log_softmax(-1)
+    facts = completions(*(2,) * V**2, token_ids=TOKENS, student=logq[NODES, TOKENS], teacher=TEACHER[NODES, TOKENS])
+
+    def loss(z: Tensor) -> Tensor:
+        chunk = Chunk(z[NODES], torch.arange(len(NODES)), facts)
+        later = estimators.future_advantage(choice, facts)
+        advantage = own * estimators.advantage(choice, chunk, moment=NOW) + (0 if later is None else later)
+        probability = of_texts(logq).exp().repeat_interleave(2)
+        return (probability * estimators.policy_gradient(chunk.written, advantage)).sum()
+
+    return gradient(loss, TREE)
+
+
+def test_at_discount_one_it_is_the_gradient_of_the_sequences_kl() -> None:
+    torch.testing.assert_close(expected_over_texts(PolicyGradient(discount=1.0)), GRADIENT_OF_THE_SEQUENCES_KL, **EXACT)
+
+
+def test_at_discount_zero_it_is_biased_for_the_first_token_only() -> None:
+    bias = expected_over_texts(PolicyGradient()) - GRADIENT_OF_THE_SEQUENCES_KL
+    assert bias[0].abs().max() > 0.05
+    assert bias[1:].abs().max() < 1e-14
+
+
+def test_the_future_alone_is_what_the_exact_single_step_term_lacks() -> None:
+    """MiniLLM's decomposition: the sequence's gradient is the exact KL of every position, and the future."""
+    reached = torch.cat([torch.ones(1).double(), TREE[0].softmax(-1)])  # [1 + V] probability of each position
+    exact_steps = gradient(lambda z: (reached * reverse_kl(z.log_softmax(-1), TEACHER)).sum(), TREE)
+    later = expected_over_texts(PolicyGradient(discount=1.0), own=False)
+    torch.testing.assert_close(exact_steps + later, GRADIENT_OF_THE_SEQUENCES_KL, **EXACT)

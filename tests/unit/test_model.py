@@ -151,7 +151,7 @@ def test_an_adapter_is_drawn_from_the_seed(tmp_path: Path) -> None:
 def test_training_an_adapter_moves_it_and_not_the_base(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", seed=0, layers=1)
     student = adapted_student(folder)
-    trainer = Trainer(make_config(objective={"k": 3}), student)
+    trainer = Trainer(make_config(objective={"support": {"k": 3}}), student)
     before = weights_of(student.network)
     for step in (1, 2):
         take_step(trainer, random_batch(LENGTHS, vocabulary=VOCABULARY, seed=step), step)
@@ -165,7 +165,7 @@ def test_training_an_adapter_moves_it_and_not_the_base(tmp_path: Path) -> None:
 def test_merged_weights_are_the_adapted_model(tie: bool, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", seed=0, tie_word_embeddings=tie)
     student = adapted_student(folder)
-    trainer = Trainer(make_config(objective={"k": 3}, optim={"lr": 0.05}), student)
+    trainer = Trainer(make_config(objective={"support": {"k": 3}}, optim={"lr": 0.05}), student)
     take_step(trainer, random_batch(LENGTHS, vocabulary=VOCABULARY, seed=1), 1)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     base = plain_logits_of(plain)

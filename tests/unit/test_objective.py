@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective import Targets, row_loss
+from potstill.algebra.objective import Objective
 from potstill.errors import NonFinite
-from potstill.methods import PRESETS, Objective
+from potstill.methods import PRESETS
 from potstill.types import ScoredRollout
+from tests.golden import evaluate, make_facts
 from tests.rollouts import random_batch
 from tests.trainers import (
     PLAIN,
@@ -26,30 +27,24 @@ from tests.trainers import (
     loss_and_gradient,
     make_network,
     make_trainer,
-    masks_of,
     plain_logits,
 )
 
 CASES: dict[str, dict[str, Any]] = {
     "opd_sampled": {"method": "opd_sampled"},
-    "opd_sampled, ratios cut": {"method": "opd_sampled", "objective": {"ratio_cap": 0.7}},
-    "opd": {"method": "opd", "objective": {"k": 3}},
-    "opd, each sequence the same": {"method": "opd", "objective": {"k": 3, "aggregation": "sequence_mean"}},
-    "gkd": {"method": "gkd", "objective": {"k": 3}},
-    "gkd, beta 0.1": {"method": "gkd", "objective": {"k": 3, "beta": 0.1}},
-    "gkd, forward": {"method": "gkd", "objective": {"k": 3, "divergence": "forward_kl", "beta": None}},
+    "opd_sampled, ratios cut": {"method": "opd_sampled", "objective": {"correction": {"cap": 0.7}}},
+    "opd": {"method": "opd", "objective": {"support": {"k": 3}}},
+    "opd, each sequence the same": {
+        "method": "opd",
+        "objective": {"support": {"k": 3}, "aggregation": "sequence_mean"},
+    },
+    "gkd_topk": {"method": "gkd_topk", "objective": {"support": {"k": 3}}},
+    "gkd_topk, beta 0.1": {"method": "gkd_topk", "objective": {"support": {"k": 3}, "loss": {"beta": 0.1}}},
+    "gkd_topk, forward": {"method": "gkd_topk", "objective": {"support": {"k": 3}, "loss": "forward_kl"}},
     "opsd": {"method": "opsd", "teacher": SELF_TEACHER},
-    "opsd, not clipped": {"method": "opsd", "teacher": SELF_TEACHER, "objective": {"pointwise_clip": None}},
-    "opsd, reverse": {
-        "method": "opsd",
-        "teacher": SELF_TEACHER,
-        "objective": {"divergence": "reverse_kl", "pointwise_clip": None},
-    },
-    "opsd, jsd": {
-        "method": "opsd",
-        "teacher": SELF_TEACHER,
-        "objective": {"divergence": "jsd", "beta": 0.5, "pointwise_clip": None},
-    },
+    "opsd, not clipped": {"method": "opsd", "teacher": SELF_TEACHER, "objective": {"loss": {"pointwise_clip": None}}},
+    "opsd_reverse": {"method": "opsd_reverse", "teacher": SELF_TEACHER},
+    "opsd, jsd": {"method": "opsd", "teacher": SELF_TEACHER, "objective": {"loss": {"kind": "jsd", "beta": 0.5}}},
     "sft": {"method": "sft"},
 }
 
@@ -66,7 +61,7 @@ def reference(batch: Sequence[ScoredRollout], masks: Sequence[Any], objective: O
             teachers = plain_logits(teacher, rollout.teacher_context_ids, rollout.completion_ids)
         for t in np.flatnonzero(mask):
             loss = token_loss(scored, int(t), own[t].softmax(-1), teachers[t].softmax(-1).tolist(), objective)
-            by = num_tokens if objective.aggregation == "token_mean" else num_sequences * mask.sum()
+            by = num_tokens if objective.aggregation.kind == "token_mean" else num_sequences * mask.sum()
             total = total + loss / by
     total.backward()
     return total.item(), torch.cat([p.grad.flatten() for p in student.parameters()])
@@ -75,16 +70,16 @@ def reference(batch: Sequence[ScoredRollout], masks: Sequence[Any], objective: O
 def token_loss(scored: ScoredRollout, t: int, q: Tensor, teacher: list[float], objective: Objective) -> Tensor:
     rollout, scores = scored.rollout, scored.scores
     written = int(rollout.completion_ids[t])
-    if objective.divergence == "nll":
+    if objective.loss.kind == "likelihood":
         return -q[written].log()
-    if objective.support == "sampled":
-        ratio = min(q[written].item() / math.exp(rollout.student_logprobs[t]), objective.ratio_cap)
+    if objective.support.kind == "sampled":
+        ratio = min(q[written].item() / math.exp(rollout.student_logprobs[t]), objective.correction.cap)
         advantage = scores.sampled[t] - math.log(q[written].item())
         policy_gradient = -ratio * advantage * q[written].log()
         return policy_gradient - policy_gradient.detach() - ratio * advantage  # its value is −ρA
-    if objective.support == "full":
+    if objective.support.kind == "full":
         return divergence(list(q), teacher, objective)
-    if objective.support == "student_topk":
+    if objective.support.kind == "student_topk":
         ids, logprobs, tail = rollout.support_ids[t], scores.ids_logprobs[t], scores.ids_tail[t]
     else:
         ids, logprobs, tail = scores.topk_ids[t], scores.topk_logprobs[t], scores.topk_tail[t]
@@ -94,13 +89,13 @@ def token_loss(scored: ScoredRollout, t: int, q: Tensor, teacher: list[float], o
 
 def divergence(q: list[Tensor], p: list[float], objective: Objective) -> Tensor:
     pairs = list(zip(q, p, strict=True))
-    if objective.divergence == "forward_kl":
+    if objective.loss.kind == "forward_kl":
         terms = [b * (math.log(b) - a.log()) for a, b in pairs]
-        cap = objective.pointwise_clip
+        cap = objective.loss.pointwise_clip
         return sum(term if cap is None or term < cap else torch.tensor(cap, dtype=torch.float64) for term in terms)
-    if objective.divergence == "reverse_kl":
+    if objective.loss.kind == "reverse_kl":
         return sum(a * (a.log() - math.log(b)) for a, b in pairs)
-    beta = objective.beta
+    beta = objective.loss.beta
     mixed = [beta * b + (1 - beta) * a for a, b in pairs]
     from_teacher = sum(b * (math.log(b) - m.log()) for b, m in zip(p, mixed, strict=True))
     from_student = sum(a * (a.log() - m.log()) for a, m in zip(q, mixed, strict=True))
@@ -111,10 +106,11 @@ def divergence(q: list[Tensor], p: list[float], objective: Objective) -> Tensor:
 def test_training_gradient_is_that_of_the_formula(case: dict[str, Any]) -> None:
     # 4 + 2 + 1 + 1 loss tokens: every weight is a power of two, which float32 holds exactly.
     masks = [[True, False, True, True, True], [True, True], [False, True, False], [True]]
-    batch = random_batch([(3, 5), (5, 2), (1, 3), (2, 1)], vocabulary=VOCABULARY, seed=7, masks=masks)
+    by = "others" if case["method"] == "sft" else "student"
+    batch = random_batch([(3, 5), (5, 2), (1, 3), (2, 1)], vocabulary=VOCABULARY, seed=7, masks=masks, by=by)
     trainer = make_trainer(**case, learner={"micro_batch_tokens": 11, "chunk_tokens": 2})
     loss, gradient = loss_and_gradient(trainer, batch)
-    expected_loss, expected = reference(batch, masks_of(trainer, batch), trainer.config.objective)
+    expected_loss, expected = reference(batch, trainer.masks(batch), trainer.config.objective)
     assert loss == pytest.approx(expected_loss, rel=1e-10)
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
     assert expected.abs().max() > 1e-3
@@ -125,67 +121,98 @@ def test_a_clip_that_never_binds_is_no_clip_and_the_clip_of_the_case_binds() -> 
     batch = random_batch([(3, 4), (5, 2)], vocabulary=VOCABULARY, seed=7)
 
     def gradient(pointwise_clip: float | None) -> Tensor:
-        trainer = make_trainer(method="opsd", teacher=SELF_TEACHER, objective={"pointwise_clip": pointwise_clip})
+        trainer = make_trainer(
+            method="opsd", teacher=SELF_TEACHER, objective={"loss": {"pointwise_clip": pointwise_clip}}
+        )
         return loss_and_gradient(trainer, batch)[1]
 
     torch.testing.assert_close(gradient(1e6), gradient(None))
     assert (gradient(0.05) - gradient(None)).norm() > 0.05 * gradient(None).norm()
 
 
-def opd_targets(**changes: Any) -> Targets:
-    fields = {
-        "token_ids": torch.tensor([1]),
-        "support_ids": torch.tensor([[1, 2]]),
-        "teacher_support": torch.tensor([[0.5, 0.25]]).log(),
-        "teacher_rest": torch.tensor([0.25]).log(),
-    }
-    return Targets(**{**fields, **changes})
+OPD = PRESETS["opd"].objective
+LOOKED_UP = {
+    "support_ids": torch.tensor([[1, 2]]),
+    "teacher_support": torch.tensor([[0.5, 0.25]]).double().log(),
+    "teacher_rest": torch.tensor([0.25]).double().log(),
+}
+"""What a teacher behind HTTP says of one token, whose student kept the ids 1 and 2."""
 
 
-def test_metrics_of_a_top_k_are_those_of_the_definitions() -> None:
-    logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).log()
-    objective = Objective(support="student_topk", divergence="reverse_kl", k=2)
-    loss, metrics = row_loss(objective, opd_targets())(logits, slice(0, 1))
+def test_measures_of_a_top_k_are_those_of_the_definitions() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).double().log()
+    loss, _, tally = evaluate(OPD, logits, make_facts([1], token_ids=[1], **LOOKED_UP))
     expected = 0.2 * math.log(0.2 / 0.5) + 0.4 * math.log(0.4 / 0.25) + 0.4 * math.log(0.4 / 0.25)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert metrics["reverse_kl"].item() == pytest.approx(expected, rel=1e-5)
-    assert metrics["captured_mass"].item() == pytest.approx(0.6, rel=1e-5)
-    assert metrics["entropy"].item() == pytest.approx(-sum(q * math.log(q) for q in (0.1, 0.2, 0.3, 0.4)), rel=1e-5)
+    assert loss == pytest.approx(expected)
+    assert tally.sums["reverse_kl"].item() == pytest.approx(expected)
+    assert tally.sums["captured_mass"].item() == pytest.approx(0.6)
+    assert tally.sums["entropy"].item() == pytest.approx(-sum(q * math.log(q) for q in (0.1, 0.2, 0.3, 0.4)))
+    assert tally.counts["entropy"] == 1
 
 
-def test_metrics_of_the_sampled_token_are_those_of_the_definitions() -> None:
-    logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
-    read = Targets(token_ids=torch.tensor([2]), behaviour=torch.tensor([0.35]).log(), teacher=torch.tensor([0.5]).log())
-    loss, metrics = row_loss(PRESETS["opd_sampled"].objective, read)(logits, slice(0, 1))
-    assert metrics["reverse_kl"].item() == pytest.approx(math.log(0.7 / 0.5), rel=1e-5)
-    assert metrics["ratio_mean"].item() == pytest.approx(2, rel=1e-5)
-    assert loss.item() == pytest.approx(2 * math.log(0.7 / 0.5), rel=1e-5)
+def test_measures_of_the_sampled_token_are_those_of_the_definitions() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.7]]).double().log()
+    said = {"behaviour": torch.tensor([0.35]).double().log(), "teacher": torch.tensor([0.5]).double().log()}
+    facts = make_facts([1], token_ids=[2], **said)
+    loss, _, tally = evaluate(PRESETS["opd_sampled"].objective, logits, facts)
+    assert tally.sums["reverse_kl"].item() == pytest.approx(math.log(0.7 / 0.5))
+    assert tally.sums["ratio_mean"].item() == pytest.approx(2)
+    assert loss == pytest.approx(2 * math.log(0.7 / 0.5))
 
 
-def test_rows_of_a_chunk_read_their_own_targets() -> None:
-    read = Targets(token_ids=torch.tensor([0, 1, 2]))
-    loss, _ = row_loss(PRESETS["sft"].objective, read)(torch.tensor([[0.5, 0.3, 0.2]]).log(), slice(2, 3))
-    assert loss.item() == pytest.approx(-math.log(0.2), rel=1e-5)
+def test_rows_of_a_chunk_read_their_own_facts() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]] * 3).double().log()
+    facts = make_facts([2, 1], token_ids=[0, 1, 2], origins=["others", "others"])
+    loss, _, _ = evaluate(PRESETS["sft"].objective, logits, facts, chunk_tokens=1)
+    assert loss == pytest.approx(-sum(math.log(q) for q in (0.5, 0.3, 0.2)) / 3)
 
 
 @pytest.mark.parametrize("missing", ["support_ids", "teacher_support", "teacher_rest"])
-def test_a_missing_target_is_named(missing: str) -> None:
-    with pytest.raises(ValueError, match=f"reads targets.{missing}, which is missing"):
-        row_loss(PRESETS["opd"].objective, opd_targets(**{missing: None}))
+def test_a_missing_fact_is_named(missing: str) -> None:
+    facts = make_facts([1], token_ids=[1], **{**LOOKED_UP, missing: None})
+    with pytest.raises(ValueError, match=f"reads facts.{missing}, which is missing"):
+        evaluate(OPD, torch.zeros(1, 4).double(), facts)
 
 
-@pytest.mark.parametrize(("method", "missing"), [("opd_sampled", "behaviour"), ("opsd", "teacher_logits")])
-def test_a_target_that_another_objective_reads_does_not_stand_in(method: str, missing: str) -> None:
-    with pytest.raises(ValueError, match=f"reads targets.{missing}, which is missing"):
-        row_loss(PRESETS[method].objective, opd_targets())
+@pytest.mark.parametrize(("method", "missing"), [("opd_sampled", "teacher"), ("opsd", "teacher_logits")])
+def test_a_fact_that_another_objective_reads_does_not_stand_in(method: str, missing: str) -> None:
+    with pytest.raises(ValueError, match=f"reads facts.{missing}, which is missing"):
+        evaluate(PRESETS[method].objective, torch.zeros(1, 4).double(), make_facts([1], token_ids=[1], **LOOKED_UP))
 
 
-def test_a_target_that_is_nan_is_refused_by_name() -> None:
-    with pytest.raises(NonFinite, match=r"targets\.teacher_support holds NaN"):
-        row_loss(PRESETS["opd"].objective, opd_targets(teacher_support=torch.tensor([[0.0, math.nan]])))
+def test_a_score_that_is_nan_is_refused_where_it_counts_and_harmless_where_it_does_not() -> None:
+    scores = {**LOOKED_UP, "teacher_support": torch.tensor([[0.0, math.nan]]).double()}
+    logits = torch.zeros(1, 4).double()
+    with pytest.raises(NonFinite, match="'main': a row that counts"):
+        evaluate(OPD, logits, make_facts([1], token_ids=[1], **scores))
+    both = {name: value.repeat(2, 1) if value.ndim == 2 else value.repeat(2) for name, value in LOOKED_UP.items()}
+    both["teacher_support"] = torch.cat([LOOKED_UP["teacher_support"], scores["teacher_support"]])
+    mixed = make_facts([1, 1], token_ids=[1, 1], origins=["student", "others"], **both)
+    assert math.isfinite(evaluate(OPD, logits.repeat(2, 1), mixed)[0])
 
 
 def test_a_teacher_with_nothing_outside_the_support_is_welcome() -> None:
-    read = opd_targets(teacher_rest=torch.tensor([-math.inf]))
-    loss, _ = row_loss(PRESETS["gkd"].objective, read)(torch.zeros(1, 4), slice(0, 1))
-    assert loss.isfinite()
+    facts = make_facts([1], token_ids=[1], **{**LOOKED_UP, "teacher_rest": torch.tensor([-math.inf]).double()})
+    assert math.isfinite(evaluate(OPD, torch.zeros(1, 4).double(), facts)[0])
+
+
+def test_auxiliary_terms_add_up_and_are_told_apart() -> None:
+    text = {"loss": "likelihood", "over": "others", "weight": 0.1}
+    objective = Objective.model_validate({**OPD.model_dump(), "auxiliaries": {"text": text}})
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    both = {name: value.repeat(2, 1) if value.ndim == 2 else value.repeat(2) for name, value in LOOKED_UP.items()}
+    facts = make_facts([1, 1], token_ids=[1, 3], origins=["student", "others"], **both)
+    loss, _, tally = evaluate(objective, logits, facts)
+    alone, _, _ = evaluate(OPD, logits[:1], make_facts([1], token_ids=[1], **LOOKED_UP))
+    nll = -logits[1].log_softmax(-1)[3].item()
+    assert tally.losses["text"].item() == pytest.approx(0.1 * nll)
+    assert loss == pytest.approx(alone + 0.1 * nll)
+
+
+def test_a_weight_that_is_a_ramp_is_what_the_step_says() -> None:
+    ramp = {"start": 1.0, "end": 0.0, "from_step": 1, "to_step": 5}
+    objective = Objective.model_validate({**OPD.model_dump(), "weight": ramp})
+    logits, facts = torch.zeros(1, 4).double(), make_facts([1], token_ids=[1], **LOOKED_UP)
+    full, _, _ = evaluate(OPD, logits, facts)
+    assert evaluate(objective, logits, facts, step=1)[0] == pytest.approx(full)
+    assert evaluate(objective, logits, facts, step=3)[0] == pytest.approx(full / 2)

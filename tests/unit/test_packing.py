@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from learner.aggregation import Denominators
 from learner.attention import Layout, packed_attention
 from learner.packing import pack, plan_micro_batches
+from learner.trainer import totals
 from potstill.types import ScoredRollout
 from tests.rollouts import random_batch
 from tests.trainers import (
     PLAIN,
     SELF_TEACHER,
     VOCABULARY,
-    denominators_of,
     loss_and_gradient,
     make_network,
     make_student,
@@ -29,12 +29,18 @@ from tests.trainers import (
 
 LENGTHS = [(3, 4), (1, 1), (6, 2), (2, 7), (1, 3)]
 METHODS: dict[str, dict[str, Any]] = {
-    "opd": {"method": "opd", "objective": {"k": 3}},
+    "opd": {"method": "opd", "objective": {"support": {"k": 3}}},
     "opd_sampled": {"method": "opd_sampled"},
     "opsd": {"method": "opsd", "teacher": SELF_TEACHER},
     "sft": {"method": "sft"},
 }
+AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum", {"kind": "constant", "length": 6}]
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def batch_for(method: dict[str, Any]) -> list[ScoredRollout]:
+    by = "others" if method["method"] == "sft" else "student"
+    return random_batch(LENGTHS, vocabulary=VOCABULARY, seed=3, by=by)
 
 
 def sequences(batch: list[ScoredRollout]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -135,7 +141,7 @@ def test_attention_refuses_a_sliding_window() -> None:
 
 @every_method
 def test_the_size_of_a_micro_batch_does_not_change_the_gradient(method: dict[str, Any]) -> None:
-    batch = random_batch(LENGTHS, vocabulary=VOCABULARY, seed=3)
+    batch = batch_for(method)
     one, many = (
         loss_and_gradient(make_trainer(**method, learner={"micro_batch_tokens": size}), batch) for size in (1000, 9)
     )
@@ -145,7 +151,7 @@ def test_the_size_of_a_micro_batch_does_not_change_the_gradient(method: dict[str
 
 @every_method
 def test_the_order_of_rollouts_does_not_change_the_gradient(method: dict[str, Any]) -> None:
-    batch = random_batch(LENGTHS, vocabulary=VOCABULARY, seed=3)
+    batch = batch_for(method)
     shuffled = [batch[i] for i in (4, 2, 0, 3, 1)]
     one, other = (loss_and_gradient(make_trainer(**method), order) for order in (batch, shuffled))
     assert one[0] == pytest.approx(other[0], rel=1e-12)
@@ -153,12 +159,12 @@ def test_the_order_of_rollouts_does_not_change_the_gradient(method: dict[str, An
 
 
 @every_method
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_two_ranks_with_the_same_denominators_add_up(method: dict[str, Any], aggregation: str) -> None:
-    batch = random_batch(LENGTHS, vocabulary=VOCABULARY, seed=3)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=str)
+def test_two_ranks_with_the_same_denominators_add_up(method: dict[str, Any], aggregation: Any) -> None:
+    batch = batch_for(method)
     trainer = make_trainer(**{**method, "objective": {**method.get("objective", {}), "aggregation": aggregation}})
     whole = loss_and_gradient(trainer, batch)
-    step = denominators_of(trainer, batch)
+    step = totals(batch, trainer.masks(batch))
     ranks = [loss_and_gradient(trainer, part, step) for part in (batch[:2], batch[2:])]
     assert sum(loss for loss, _ in ranks) == pytest.approx(whole[0], rel=1e-12)
     torch.testing.assert_close(ranks[0][1] + ranks[1][1], whole[1], rtol=1e-9, atol=1e-13)
@@ -177,7 +183,7 @@ def test_a_rollout_without_a_loss_token_changes_nothing() -> None:
     lengths = [(3, 4), (2, 3)]
     masks = [[True, True, False, True], [False] * 3]
     batch = random_batch(lengths, vocabulary=VOCABULARY, seed=4, masks=masks)
-    trainer = make_trainer(method="opd", objective={"k": 3, "aggregation": "sequence_mean"})
+    trainer = make_trainer(method="opd", objective={"support": {"k": 3}, "aggregation": "sequence_mean"})
     with_it, without = loss_and_gradient(trainer, batch), loss_and_gradient(trainer, batch[:1])
     assert with_it[0] == without[0]
     assert torch.equal(with_it[1], without[1])
@@ -186,7 +192,7 @@ def test_a_rollout_without_a_loss_token_changes_nothing() -> None:
 def test_what_stands_in_a_masked_place_teaches_but_is_not_taught() -> None:
     """A tool's turn: its tokens are context for what follows, and no term of the loss is theirs."""
     masks = [[True, False, False, True]]
-    batch = random_batch([(3, 4)], vocabulary=VOCABULARY, seed=5, masks=masks)
+    batch = random_batch([(3, 4)], vocabulary=VOCABULARY, seed=5, masks=masks, by="others")
     plain = make_network(attention=PLAIN)
     rollout = batch[0].rollout
     logq = plain_logits(plain, rollout.prompt_ids, rollout.completion_ids).log_softmax(-1)
@@ -196,7 +202,7 @@ def test_what_stands_in_a_masked_place_teaches_but_is_not_taught() -> None:
 
 
 def test_means_over_tokens_and_over_sequences_by_hand() -> None:
-    batch = random_batch([(3, 4), (2, 1)], vocabulary=VOCABULARY, seed=6)
+    batch = random_batch([(3, 4), (2, 1)], vocabulary=VOCABULARY, seed=6, by="others")
     plain = make_network(attention=PLAIN)
     long, short = (
         sum(
@@ -214,6 +220,8 @@ def test_means_over_tokens_and_over_sequences_by_hand() -> None:
 
 
 def test_a_denominator_of_part_of_the_step_is_refused() -> None:
-    batch = random_batch([(3, 4), (2, 3)], vocabulary=VOCABULARY, seed=6)
+    batch = random_batch([(3, 4), (2, 3)], vocabulary=VOCABULARY, seed=6, by="others")
     with pytest.raises(ValueError, match="are smaller than"):
-        loss_and_gradient(make_trainer(method="sft"), batch, Denominators(num_loss_tokens=4, num_sequences=2))
+        loss_and_gradient(
+            make_trainer(method="sft"), batch, {"others": Denominators(num_loss_tokens=4, num_sequences=2)}
+        )

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from potstill.config import RunConfig, parse
+from potstill.algebra.objective import Tier
+from potstill.config import RunConfig
+from potstill.config_file import parse
 from potstill.errors import ConfigError, PlanError
-from potstill.planner import num_parameters, plan
+from potstill.methods import PRESETS
+from potstill.planner import nearest, num_parameters, plan
 from tests.tiny_models import save_tiny_model
 
 SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "secret_ref": "env:TEACHER_KEY"}
 SERVED_HERE = {"kind": "server", "model": "models/teacher"}
 SELF = {"kind": "self", "privileged_template": "{prompt} {answer}"}
 NONE = {"kind": "none"}
+LOCAL = {"kind": "local", "models": [{"model": "models/teacher"}]}
 
 
 def make_config(
@@ -46,17 +50,27 @@ def make_config(
     [
         (
             make_config(method="opsd"),
-            "'opsd' needs a teacher of tier FULL, this one offers IDS; .* opd, opd_sampled, gkd, sft",
+            "'opsd' needs a teacher of tier FULL, this one offers IDS; nearest that it can serve: \\w+",
         ),
-        (make_config(teacher=NONE), "'opd' needs a teacher of tier IDS, this one offers TEXT; .*serve: sft$"),
-        (make_config(teacher=SELF), 'use objective.support = "full", e.g. method "opsd"'),
-        (make_config(method="opd_sampled", teacher=SELF), 'use objective.support = "full"'),
+        (make_config(teacher=NONE), "'opd' needs a teacher of tier IDS, this one offers TEXT; nearest .* sft"),
         (make_config(method="sft", teacher=SERVER, source="teacher"), "needs teacher.model, a folder"),
         (make_config(method="sft", teacher=NONE, source="teacher"), "needs teacher.model, a folder"),
-        (make_config(teacher=SERVED_HERE, source="teacher"), '"teacher" is supervised: use method "sft"'),
-        (make_config(source="reference"), '"reference" is supervised: use method "sft"'),
-        (make_config(method="sft", teacher=NONE), 'rollout.source = "teacher" or "reference"'),
+        (make_config(teacher=SERVED_HERE, source="teacher"), 'for text of the student: rollout.source = "student"'),
+        (make_config(source="reference"), 'for text of the student: .* for other text use method "sft"'),
+        (
+            make_config(method="sft", teacher=NONE),
+            "for text of the teacher or the data: rollout.source or rollout.besi",
+        ),
+        (make_config(method="stable_opd"), "its term 'gold', is for text of the teacher or the data"),
         (make_config("m", "rollout.sampling.temperature=0"), r"rollout\.sampling\.temperature = 0 never explores"),
+        (make_config("m", "data.verifier=none", method="kdrl"), r"'kdrl' needs a reward: data\.verifier"),
+        (make_config("m", "data.verifier=exact", method="kdrl"), r"rollout\.samples_per_prompt = 4 or more"),
+        (make_config("m", method="opsd", teacher=LOCAL), r"teacher that reads more than the student: teacher\.priv"),
+        (
+            make_config("m", "objective.support.k=200"),
+            r"support\.k is 200: a teacher server sends at most 128",
+        ),
+        (make_config("m", method="gad"), "'gad' needs .*, which a run cannot bring yet; nearest"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name_with_what_would(config: RunConfig, says: str):
@@ -75,7 +89,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("opd", SERVER, "student"),
         ("opd_sampled", SERVER, "student"),
-        ("gkd", SERVED_HERE, "student"),
+        ("gkd_topk", SERVED_HERE, "student"),
+        ("gkd", LOCAL, "student"),
+        ("opd", LOCAL, "student"),
+        ("opd_sampled", SELF, "student"),
         ("opsd", SELF, "student"),
         ("sft", SERVED_HERE, "teacher"),
         ("sft", SELF, "teacher"),
@@ -116,6 +133,18 @@ def test_a_damaged_weights_file_is_named(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ConfigError, match=r"model\.safetensors is not a readable safetensors file"):
         plan(make_config(tmp_path))
+
+
+def test_the_nearest_method_is_of_the_same_kind_and_can_be_served():
+    found = nearest("opsd_reverse", Tier.IDS)
+    assert found
+    assert all(PRESETS[name].objective.tier <= Tier.IDS and not PRESETS[name].missing for name in found)
+    assert PRESETS[found[0]].objective.loss.kind == "reverse_kl"
+
+
+def test_a_run_that_differs_from_the_papers_is_noted(model: Path):
+    notes = plan(make_config(model, "eval.items=1", "rollout.sampling.top_p=1.0", method="lsm")).notes
+    assert any(note.startswith("the paper of 'lsm' has rollout.sampling.top_p = 0.9, this run 1.0") for note in notes)
 
 
 def test_what_changes_the_meaning_of_a_number_is_noted(model: Path):

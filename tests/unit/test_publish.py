@@ -47,7 +47,7 @@ def test_a_later_step_does_not_reach_into_a_published_version(tmp_path: Path) ->
     student = student_of(save_tiny_model(tmp_path, seed=0, hidden=32, layers=1))
     version, payload = snapshot(student, version=0)
     before = payload.copy()
-    trainer = Trainer(make_config(objective={"k": 3}), student)
+    trainer = Trainer(make_config(objective={"support": {"k": 3}}), student)
     take_step(trainer, random_batch([(3, 4)], vocabulary=VOCABULARY, seed=1), 1)
     assert (payload == before).all()
     unpack(version, payload)

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from orchestrator import findings, heatmap, plots
-from orchestrator.report import flatten, read_folder, render, series, write_report
+from orchestrator import heatmap, plots
+from orchestrator.report import flatten, page_of_a_bad_ending, read_folder, render, series, write_report
+from potstill.errors import RunError
 from potstill.journal import write_json
 
 REPORT = {
@@ -34,6 +35,7 @@ REPORT = {
     "peak_rss_bytes": 2147483648,
     "seconds_by_phase": {"generate": 401.2, "score": 120.4, "train": 262.9, "weights": 8.1},
 }
+DIED = {"type": "WorkerLost", "category": "system", "message": "the learner's process died"}
 NASTY = "<img src=x onerror=alert(1)>"
 
 
@@ -41,6 +43,7 @@ def make_run(folder, *, report=None, num_steps=120, control=True, samples=None, 
     """A run folder as a finished quickstart leaves it; every number follows from the arguments."""
     folder.mkdir(exist_ok=True)
     noise = random.Random(7)
+    write_json(folder / "status.json", {"status": "succeeded"})
     write_json(folder / "report.json", REPORT if report is None else report)
     write_json(folder / "config.json", {"name": "quickstart", "optim": {"lr": 2e-4}, "student": {"model": "s" * 40}})
     steps = [make_step(step, num_steps, top=0.72, noise=noise) for step in range(1, num_steps + 1)]
@@ -50,8 +53,18 @@ def make_run(folder, *, report=None, num_steps=120, control=True, samples=None, 
     if control:
         below = folder / "sft_control"
         below.mkdir(exist_ok=True)
+        write_json(below / "status.json", {"status": "succeeded"})
         write_lines(below / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
         write_lines(below / "events.jsonl", make_evaluations(num_steps, top=0.412))
+    return folder
+
+
+def make_unfinished(folder, *, status, num_steps=7, error=None):
+    """A run folder as a bad ending leaves it: all but report.json, though both ends were evaluated."""
+    make_run(folder, num_steps=num_steps, control=False)
+    (folder / "report.json").unlink()
+    write_json(folder / "config.json", {"method": "opd", "seed": 3, "loop": {"steps": 120}})
+    write_json(folder / "status.json", {"status": status, **({"error": error} if error else {})})
     return folder
 
 
@@ -175,9 +188,9 @@ def test_the_four_figures_are_written_as_png_and_drawn_in_the_page(tmp_path):
 
 def test_the_page_of_an_empty_folder_says_not_measured_and_no_zero(tmp_path):
     text = page_of(tmp_path).text
-    assert "The student’s accuracy was not measured." in text
-    assert text.count("not measured") >= 10
-    assert "0%" not in text.replace("0% 50% 100%", "")
+    assert "The run never started: its folder holds no status." in text
+    assert text.count("not measured") >= 5
+    assert "0%" not in text
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -185,14 +198,15 @@ def test_any_value_of_the_report_may_be_absent_or_null(tmp_path):
     run = read_folder(make_run(tmp_path / "run", num_steps=2, samples=[], control=False))
     for absent in REPORT:
         without = {key: value for key, value in REPORT.items() if key != absent}
-        assert "The student’s" in Page(render(replace(run, report=without), {})).text
-        assert "The student’s" in Page(render(replace(run, report={**REPORT, absent: None}), {})).text
+        assert "The student’s" in Page(render(replace(run, report=without), None, {})).text
+        assert "The student’s" in Page(render(replace(run, report={**REPORT, absent: None}), None, {})).text
 
 
 def test_a_report_of_nulls_reads_like_an_absent_one(tmp_path):
     page = page_of(make_run(tmp_path / "run", report=dict.fromkeys(REPORT), num_steps=2, control=False))
     assert "The student’s accuracy was not measured." in page.text
     assert "wall time not measured" in page.text
+    assert page.text.count("not measured") >= 10
 
 
 def test_a_missing_teacher_is_said_to_be_missing_and_has_no_dot(tmp_path):
@@ -203,10 +217,51 @@ def test_a_missing_teacher_is_said_to_be_missing_and_has_no_dot(tmp_path):
 
 
 def test_a_failed_run_has_a_page_that_begins_with_the_reason(tmp_path):
-    events = [{"type": "run.failed", "level": "error", "message": f"loss is NaN {NASTY}", "data": {}}]
-    page = page_of(make_run(tmp_path / "run", report={}, events=events, control=False))
-    assert f"The run failed: loss is NaN {NASTY}" in page.text
+    error = {"type": "NonFinite", "category": "system", "message": f"loss is NaN {NASTY}"}
+    page = page_of(make_unfinished(tmp_path / "run", status="failed", error=error))
+    assert page.text.startswith("run · potstill potstill · run The run failed after step 7 of 120: loss is NaN")
+    assert f"loss is NaN {NASTY} It has no result." in page.text
+    assert "error NonFinite, a problem of the system" in page.text
     assert "img" not in page.tags
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "running"])
+def test_what_a_run_without_a_result_had_recorded_is_shown_and_is_no_result(tmp_path, status):
+    page = page_of(make_unfinished(tmp_path / "run", status=status))
+    assert "It has no result." in page.text
+    assert f"status {status}" in page.text
+    assert "last step after step 7 of 120 loss tokens trained 28,672" in page.text
+    assert page.tags.count("svg") == 4
+    for claim in ("student after", "The student’s", "chance", "95% interval", "wall time"):
+        assert claim not in page.text
+
+
+def test_a_run_whose_control_failed_keeps_its_result_and_says_so(tmp_path):
+    report = {key: value for key, value in REPORT.items() if key != "sft_control"}
+    folder = make_run(tmp_path / "run", report=report)
+    write_json(folder / "sft_control" / "status.json", {"status": "failed", "error": DIED})
+    page = page_of(folder)
+    assert "The student’s held-out accuracy rose from 12.5% to 71.3%." in page.text
+    assert "The supervised control failed after step 1: the learner's process died" in page.text
+    assert "SFT control" not in page.text
+
+
+def test_a_bad_ending_leaves_the_page_and_raises_what_ended_the_run(tmp_path):
+    folder = make_unfinished(tmp_path / "run", status="failed", error=DIED)
+    with pytest.raises(RunError, match="the learner's"), page_of_a_bad_ending(folder):
+        raise RunError("the learner's process died")
+    assert "The run failed after step 7" in (folder / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path):
+    with pytest.raises(KeyboardInterrupt), page_of_a_bad_ending(tmp_path / "nowhere"):
+        raise KeyboardInterrupt
+
+
+def test_a_good_ending_leaves_the_page_to_its_own_report(tmp_path):
+    with page_of_a_bad_ending(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_that_a_model_or_a_config_wrote_becomes_markup(tmp_path):
@@ -255,52 +310,6 @@ def test_a_step_without_a_number_leaves_no_point():
         {"step": 4, "reverse_kl": 0},
     ]
     assert series(records, "step", "reverse_kl") == plots.Series(x=[1.0, 4.0], y=[0.5, 0.0])
-
-
-def test_evaluations_know_their_tokens_or_say_that_they_do_not():
-    before, after = (
-        {"type": "eval.finished", "data": {"stage": stage, "accuracy": 0.5}} for stage in ("before", "after")
-    )
-    found = findings.evaluations([before, after, {"type": "eval.finished", "data": {"accuracy": None}}])
-    assert [(item.stage, item.tokens_trained) for item in found] == [("before", 0.0), ("after", None)]
-
-
-def test_a_change_that_few_items_cannot_show_is_called_chance():
-    few, many = (make_evaluations(20, top=0.2, items=items) for items in (30, 3000))
-    assert any("chance" in sentence for sentence in findings.sentences({}, few))
-    assert not any("chance" in sentence for sentence in findings.sentences({}, many))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        (0.5, 0.25, "fell from 50.0% to 25.0%"),
-        (0.5, 0.5001, "stayed at 50.0%"),
-        (0.5, None, "was 50.0% before the run"),
-    ],
-)
-def test_the_headline_does_not_flatter(before, after, words):
-    assert words in findings.headline({"student_before": before, "student_after": after}, [])
-
-
-def test_the_gap_is_not_spoken_of_when_the_teacher_is_no_better():
-    report = {"student_before": 0.5, "student_after": 0.6, "teacher": 0.4}
-    assert findings.sentences(report, []) == ["The teacher scores 40.0%."]
-    assert findings.sentences({**report, "teacher": 0.55}, []) == [
-        "The teacher scores 55.0%: the student has reached it."
-    ]
-
-
-def test_the_wilson_interval_agrees_with_the_equation_that_defines_it():
-    for accuracy, items in ((0.0, 10), (0.3, 50), (1.0, 200)):
-        low, high = findings.wilson(accuracy, items)
-        inside = [
-            p / 1e4
-            for p in range(10001)
-            if abs(accuracy - p / 1e4) <= 1.96 * math.sqrt(p / 1e4 * (1 - p / 1e4) / items)
-        ]
-        assert low == pytest.approx(min(inside), abs=2e-4)
-        assert high == pytest.approx(max(inside), abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,60 +12,71 @@ import pytest
 import torch
 
 from learner.aggregation import Denominators
-from learner.targets import aligned, targets, teacher_context, trainable
+from learner.facts import Facts
+from learner.targets import aligned, budgeted, gather, teacher_context, trainable
+from potstill.algebra.objective import Objective
 from potstill.errors import AlignmentError
-from potstill.methods import PRESETS, Objective
+from potstill.methods import PRESETS
+from potstill.methods.method import objective as made
 from potstill.types import ScoredRollout, ScoreStatus
 from tests.rollouts import make_rollout, make_scored, random_batch
 from tests.trainers import SELF_TEACHER, VOCABULARY, loss_and_gradient, make_trainer, same, take_step, weights_of
 
 SAMPLED = PRESETS["opd_sampled"].objective
-STUDENT_TOPK = Objective(support="student_topk", divergence="reverse_kl", k=2)
-TEACHER_TOPK = Objective(support="teacher_topk", divergence="jsd", k=2, beta=0.5)
+STUDENT_TOPK = made(support={"kind": "student_topk", "k": 2}, loss="reverse_kl", over="student")
+TEACHER_TOPK = made(support={"kind": "teacher_topk", "k": 2}, loss="jsd", over="student")
 FULL = PRESETS["opsd"].objective
 SFT = PRESETS["sft"].objective
+SFT_TERM = {"loss": "likelihood", "over": "others"}
 CPU = torch.device("cpu")
+
+
+def gathered(batch: Sequence[ScoredRollout], masks: Sequence[Any], objective: Objective, **changes: Any) -> Facts:
+    settings = {"device": CPU, "step": 1, "inside": False, "rewards": {}, **changes}
+    return gather(batch, [np.asarray(mask) for mask in masks], objective, **settings)
 
 
 def test_every_loss_token_with_a_score_is_trained_on() -> None:
     rollout = make_rollout(completion=[3, 4, 5], mask=[True, False, True])
-    assert trainable(make_scored(rollout), SAMPLED).tolist() == [True, False, True]
+    assert trainable(make_scored(rollout), SAMPLED, inside=False).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("objective", [SAMPLED, STUDENT_TOPK, TEACHER_TOPK])
 def test_a_token_that_the_teacher_did_not_score_is_left_out(objective: Objective) -> None:
     scored = make_scored(sampled=[-1.0, math.nan, -2.0])
-    assert trainable(scored, objective).tolist() == [True, False, True]
+    assert trainable(scored, objective, inside=False).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("status", [ScoreStatus.FAILED, ScoreStatus.DEADLINE])
 @pytest.mark.parametrize("objective", [SAMPLED, STUDENT_TOPK, TEACHER_TOPK])
 def test_a_failed_item_is_left_out_whatever_its_numbers(objective: Objective, status: int) -> None:
-    assert not trainable(make_scored(status=status), objective).any()
+    assert not trainable(make_scored(status=status), objective, inside=False).any()
 
 
 def test_a_token_without_the_samplers_log_prob_is_left_out_where_the_ratio_needs_it() -> None:
     scored = make_scored(make_rollout(student=[-1.0, math.nan, -1.0]))
-    assert trainable(scored, SAMPLED).tolist() == [True, False, True]
-    assert trainable(scored, STUDENT_TOPK).all()
+    assert trainable(scored, SAMPLED, inside=False).tolist() == [True, False, True]
+    assert trainable(scored, STUDENT_TOPK, inside=False).all()
 
 
-def test_only_likelihood_trains_on_tokens_that_the_student_did_not_write() -> None:
+def test_tokens_that_the_student_did_not_write_inside_its_own_text_are_left_out() -> None:
     scored = make_scored(make_rollout(versions=[0, -1, 3]))
-    assert trainable(scored, SFT).all()
-    assert trainable(scored, SAMPLED).tolist() == [True, False, True]
-    assert trainable(scored, FULL).tolist() == [True, False, True]
+    assert trainable(scored, SAMPLED, inside=False).tolist() == [True, False, True]
+    assert trainable(scored, FULL, inside=True).tolist() == [True, False, True]
 
 
-def test_likelihood_and_a_teacher_inside_the_learner_need_no_scores() -> None:
-    scored = ScoredRollout(rollout=make_rollout(), scores=None)
-    assert trainable(scored, SFT).all()
-    assert trainable(scored, FULL).all()
+def test_text_is_trained_on_where_a_term_is_over_its_origin() -> None:
+    own = ScoredRollout(rollout=make_rollout(), scores=None)
+    others = ScoredRollout(rollout=make_rollout(versions=[-1, -1, -1]), scores=None)
+    assert trainable(others, SFT, inside=False).all()
+    assert not trainable(own, SFT, inside=False).any()
+    assert trainable(own, FULL, inside=True).all()
+    assert not trainable(others, FULL, inside=True).any()
 
 
 def test_a_rollout_that_should_carry_scores_and_does_not_is_refused() -> None:
     with pytest.raises(AlignmentError, match="rollout a/0 carries no teacher's scores"):
-        trainable(ScoredRollout(rollout=make_rollout(), scores=None), SAMPLED)
+        trainable(ScoredRollout(rollout=make_rollout(), scores=None), SAMPLED, inside=False)
 
 
 @pytest.mark.parametrize("field", ["topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail"])
@@ -80,19 +93,20 @@ def test_sampled_scores_of_another_length_are_refused() -> None:
 def test_a_support_and_scores_of_other_widths_are_refused() -> None:
     rollout = make_rollout(completion=[3], support_ids=[[3, 4]])
     scored = make_scored(rollout, ids_logprobs=[[-0.1, -2.0, -3.0]], ids_tail=[-5.0])
-    with pytest.raises(AlignmentError, match=r"\(1, 2\) ids but \(1, 3\) log-probs"):
-        targets([scored], [np.array([True])], STUDENT_TOPK, CPU, None)
+    with pytest.raises(AlignmentError, match="the teacher scored other ids than those that the student chose"):
+        gathered([scored], [[True]], STUDENT_TOPK)
 
 
-@pytest.mark.parametrize("objective", [STUDENT_TOPK, TEACHER_TOPK])
-def test_a_rollout_that_was_not_scored_over_the_support_is_refused(objective: Objective) -> None:
-    with pytest.raises(AlignmentError, match=f"was not scored over the {objective.support}"):
-        targets([make_scored()], [np.ones(3, bool)], objective, CPU, None)
+@pytest.mark.parametrize(("objective", "missing"), [(STUDENT_TOPK, "ids_logprobs"), (TEACHER_TOPK, "topk_ids")])
+def test_scores_that_lack_what_the_support_reads_are_refused_by_name(objective: Objective, missing: str) -> None:
+    with pytest.raises(AlignmentError, match=f"did not send {missing}"):
+        gathered([make_scored()], [[True] * 3], objective)
 
 
-def test_a_self_teacher_without_its_context_is_refused() -> None:
+def test_a_teacher_with_a_prompt_of_its_own_needs_it_rendered() -> None:
     with pytest.raises(AlignmentError, match="a/0 has no teacher_context_ids"):
-        teacher_context(make_rollout())
+        teacher_context(make_rollout(), privileged=True)
+    assert teacher_context(make_rollout(), privileged=False).tolist() == [1, 2]
 
 
 def two_scored() -> list[ScoredRollout]:
@@ -120,12 +134,12 @@ def two_scored() -> list[ScoredRollout]:
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
-        (SFT, {"token_ids": [4, 5]}),
-        (SAMPLED, {"token_ids": [4, 5], "behaviour": [-0.4, -0.5], "teacher": [-1.4, -1.5]}),
+        (SFT, {}),
+        (SAMPLED, {"behaviour": [-0.4, -0.5], "teacher": [-1.4, -1.5]}),
         (
             STUDENT_TOPK,
             {
-                "token_ids": [4, 5],
+                "teacher": [-1.4, -1.5],
                 "support_ids": [[4, 9], [5, 9]],
                 "teacher_support": [[-1.4, -6.0], [-1.5, -7.0]],
                 "teacher_rest": [-0.6, -0.7],
@@ -134,28 +148,62 @@ def two_scored() -> list[ScoredRollout]:
         (
             TEACHER_TOPK,
             {
-                "token_ids": [4, 5],
-                "support_ids": [[6, 5], [1, 2]],
-                "teacher_support": [[-0.2, -2.0], [-0.7, -0.8]],
-                "teacher_rest": [-4.2, -4.3],
+                "teacher": [-1.4, -1.5],
+                "topk_ids": [[6, 5], [1, 2]],
+                "teacher_topk": [[-0.2, -2.0], [-0.7, -0.8]],
+                "topk_rest": [-4.2, -4.3],
             },
         ),
     ],
     ids=["sft", "sampled", "student_topk", "teacher_topk"],
 )
-def test_targets_are_what_the_objective_reads_of_the_kept_tokens(
-    objective: Objective, expected: dict[str, Any]
-) -> None:
-    found = targets(two_scored(), [np.array([False, True]), np.array([True])], objective, CPU, None)
-    fields = ("token_ids", "behaviour", "teacher", "support_ids", "teacher_support", "teacher_rest", "teacher_logits")
-    filled = {name: value.tolist() for name in fields if (value := getattr(found, name)) is not None}
-    assert filled == expected
+def test_facts_are_what_the_objective_reads_of_the_kept_tokens(objective: Objective, expected: dict[str, Any]) -> None:
+    found = gathered(two_scored(), [[False, True], [True]], objective)
+    always = {"token_ids": [4, 5], "positions": [1, 0], "origin": [0, 0]}
+    filled = {f.name: v.tolist() for f in fields(Facts) if isinstance(v := getattr(found, f.name), torch.Tensor)}
+    assert filled == {**always, **expected}
+    assert (found.lengths, found.prompts, found.domains) == ((1, 1), ("a", "b"), ("test", "test"))
+
+
+def test_the_teachers_top_k_is_there_for_a_gate_of_confidence_too() -> None:
+    gated = made(**{**SAMPLED.model_dump(exclude={"auxiliaries"}), "gates": ["confidence"]})
+    found = gathered(two_scored(), [[False, True], [True]], gated)
+    assert found.teacher_topk[:, 0].tolist() == [-0.2, -0.7]
+
+
+def test_text_that_was_not_scored_lies_beside_scored_text_as_nan() -> None:
+    others = ScoredRollout(rollout=make_rollout(id="c/0", completion=[8, 8], versions=[-1, -1]), scores=None)
+    mixed = made(**STUDENT_TOPK.model_dump(exclude={"auxiliaries"}), auxiliaries={"text": SFT_TERM})
+    found = gathered([two_scored()[1], others], [[True], [True, True]], mixed)
+    assert found.origin.tolist() == [0, 2, 2]
+    assert found.teacher_support[0].tolist() == [-1.5, -7.0]
+    assert found.teacher_support[1:].isnan().all()
+    assert found.support_ids.tolist() == [[5, 9], [0, 0], [0, 0]]
+
+
+def test_draws_belong_to_completion_and_step_and_not_to_the_batch_they_are_in() -> None:
+    sampling = made(support={"kind": "random_sampling", "draws": 4}, loss="forward_kl")
+    both = gathered(two_scored(), [[True, True], [True]], sampling, inside=True).uniforms
+    alone = gathered(two_scored()[1:], [[True]], sampling, inside=True).uniforms
+    later = gathered(two_scored()[1:], [[True]], sampling, inside=True, step=2).uniforms
+    assert torch.equal(both[2:], alone)
+    assert not torch.equal(alone, later)
+    assert both.shape == (3, 4)
+
+
+def test_a_token_budget_cuts_the_step_to_its_size_and_nothing_else_does() -> None:
+    masks = [np.array([True, False, True]), np.array([True, True, True])]
+    budget = made(**{**SFT.model_dump(), "aggregation": {"kind": "token_budget", "tokens": 4}})
+    kept = budgeted(masks, budget, step=1)
+    assert sum(int(mask.sum()) for mask in kept) == 4
+    assert all((after <= before).all() for before, after in zip(masks, kept, strict=True))
+    assert [m.tolist() for m in budgeted(masks, SFT, step=1)] == [m.tolist() for m in masks]
 
 
 def test_a_failed_item_leaves_the_gradient_to_the_others() -> None:
     batch = random_batch([(3, 4), (2, 5)], vocabulary=VOCABULARY, seed=1)
     failed = make_scored(batch[1].rollout, sampled=[math.nan] * 5, status=ScoreStatus.FAILED)
-    trainer = make_trainer(objective={"k": 3})
+    trainer = make_trainer(objective={"support": {"k": 3}})
     with_it, without = loss_and_gradient(trainer, [batch[0], failed]), loss_and_gradient(trainer, batch[:1])
     assert with_it[0] == without[0]
     assert torch.equal(with_it[1], without[1])
@@ -164,7 +212,7 @@ def test_a_failed_item_leaves_the_gradient_to_the_others() -> None:
 @pytest.mark.parametrize(("tokens", "sequences"), [(8, 2), (10, 2), (9, 1)])
 def test_a_step_refuses_denominators_that_are_not_its_own(tokens: int, sequences: int) -> None:
     batch = random_batch([(3, 4), (2, 5)], vocabulary=VOCABULARY, seed=1)
-    trainer = make_trainer(objective={"k": 3})
+    trainer = make_trainer(objective={"support": {"k": 3}})
     before = weights_of(trainer.student)
     with pytest.raises(AlignmentError, match="holds 9 tokens of 2 sequences to train on"):
         trainer.step(batch, step=1, denominators=Denominators(num_loss_tokens=tokens, num_sequences=sequences))

@@ -1,0 +1,78 @@
+"""What each completion of a step earned beside the others of its prompt, as the objective reads it.
+
+Groups lie across micro-batches, so this is settled once for the whole step. Refuses a completion without a verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from learner import rewards
+from learner.targets import aligned
+from potstill.algebra.gates import PassRate
+from potstill.algebra.losses import PolicyGradient
+from potstill.algebra.objective import Objective, Term
+from potstill.types import ScoredRollout
+
+
+def credit(batch: Sequence[ScoredRollout], objective: Objective) -> dict[str, list[float]]:
+    """Fields of Facts by name, one number a rollout; empty for an objective without reward.
+
+    Raises ValueError for a reward that is NaN. Text of others earns nothing (NaN, never read); the pass rate of its
+    prompt is that of the student's answers in the same step.
+    """
+    if not objective.reads_reward:
+        return {}
+    own = [i for i, scored in enumerate(batch) if scored.rollout.origin != "others"]
+    earned = torch.tensor([batch[i].rollout.reward for i in own], dtype=torch.float64)
+    groups = [batch[i].rollout.prompt_id for i in own]
+    found: dict[str, list[float]] = {}
+    for term in objective.terms.values():
+        if isinstance(term.loss, PolicyGradient) and term.loss.reward != 0:
+            penalised = earned
+            if term.loss.kl_penalty:
+                sampled, scored = [_sampled(batch[i]) for i in own], [_teachers(batch[i]) for i in own]
+                penalised = rewards.penalised(earned, sampled, scored, kl_penalty=term.loss.kl_penalty)
+            centred, deviation = rewards.centred(penalised, groups)
+            found["reward"] = _placed(centred.tolist(), own, len(batch))
+            found["reward_deviation"] = _placed(deviation.tolist(), own, len(batch))
+        for gate in term.gates:
+            if isinstance(gate, PassRate):
+                rates = rewards.pass_rates(earned, groups, smoothing=gate.smoothing)
+                of_prompt = dict(zip(groups, rates.tolist(), strict=True))
+                whole = found.setdefault("pass_rate_weight", [math.nan] * len(batch))
+                for place, weight in _weights(batch, term, of_prompt, gate).items():
+                    whole[place] = weight
+    return found
+
+
+def _weights(
+    batch: Sequence[ScoredRollout], term: Term, of_prompt: Mapping[str, float], gate: PassRate
+) -> dict[int, float]:
+    """The prompt's weight for every completion that the term reads, whoever wrote it; their mean is 1."""
+    read = [i for i, scored in enumerate(batch) if term.over in {"all", scored.rollout.origin}]
+    if not read:
+        return {}
+    if unknown := [prompt for i in read if (prompt := batch[i].rollout.prompt_id) not in of_prompt]:
+        raise ValueError(f'gate "pass_rate": the student did not answer prompt {unknown[0]} in this step')
+    rates = torch.tensor([of_prompt[batch[i].rollout.prompt_id] for i in read], dtype=torch.float64)
+    return dict(zip(read, rewards.pass_rate_weights(rates, a=gate.a, b=gate.b).tolist(), strict=True))
+
+
+def _sampled(scored: ScoredRollout) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(scored.rollout.student_logprobs)[scored.rollout.loss_mask])
+
+
+def _teachers(scored: ScoredRollout) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(aligned(scored).sampled)[scored.rollout.loss_mask])
+
+
+def _placed(values: Sequence[float], places: Sequence[int], length: int) -> list[float]:
+    whole = [math.nan] * length
+    for place, value in zip(places, values, strict=True):
+        whole[place] = value
+    return whole

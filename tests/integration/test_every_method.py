@@ -1,0 +1,114 @@
+"""Every method whose parts exist, end to end on models of the quickstart's size: Ray, rollouts, scores, two steps.
+
+What a method needs decides what its run brings: the same table that a plan refuses by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.launch import Site, site
+from orchestrator.run import execute
+from potstill import recipes
+from potstill.algebra.objective import Tier
+from potstill.config import RunConfig, ScratchConfig
+from potstill.config_file import load, parse, read_mapping
+from potstill.errors import PlanError
+from potstill.journal import Journal, read_jsonl
+from potstill.methods import PRESETS
+from potstill.planner import plan
+from tests.builders_teacher import KEY, teacher_server
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+WHOLE = [name for name, method in PRESETS.items() if not method.missing]
+TEMPLATE = "{prompt}\nReference answer: {answer}"
+SUMS = load(recipes.folder() / "opd.toml").data.model_dump()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("methods")
+    (place / "key").write_text(KEY)
+    return place
+
+
+@pytest.fixture(scope="module")
+async def opened(folder: Path) -> AsyncIterator[Site]:
+    """Processes, and the quickstart's two models before any training."""
+    async with site(parse(mapping(folder, "sft", {"kind": "none"}))) as found:
+        for name in ("student", "teacher"):
+            table = read_mapping(recipes.folder() / "models.toml")[name]
+            texts = ["user\n123 + 456\nassistant\n"] * 8
+            await found.create(folder / name, ScratchConfig.model_validate(table), texts=texts, seed=len(name))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, opened: Site) -> Iterator[dict[str, str]]:
+    """A teacher that runs already, for all methods: starting one takes longer than a run."""
+    with teacher_server(folder / "teacher") as server:
+        yield {"kind": "server", "url": server.url, "secret_ref": f"file:{folder / 'key'}"}
+
+
+def mapping(folder: Path, method: str, teacher: dict[str, Any]) -> dict[str, Any]:
+    """The smallest run that brings what the method needs."""
+    objective = PRESETS[method].objective
+    overs = {term.over for term in objective.terms.values()}
+    rollout: dict[str, Any] = {"prompts_per_step": 2, "max_prompt_tokens": 64, "sampling": {"max_new_tokens": 12}}
+    if overs == {"others"} and not objective.reads_reward:
+        rollout["source"] = "reference"
+    elif "others" in overs or objective.compares_completions:
+        rollout["beside"] = "reference"
+    if "privileged" in overs:
+        rollout["view"] = "privileged"
+    if objective.reads_reward:
+        rollout["samples_per_prompt"] = 2
+    return {
+        "name": method.replace("_", "-"),
+        "runs": str(folder),
+        "method": method,
+        "student": {"model": str(folder / "student")},
+        "teacher": teacher,
+        "data": SUMS,
+        "rollout": rollout,
+        "optim": {"lr": 1e-3},
+        "loop": {"steps": 2},
+    }
+
+
+def config_of(folder: Path, method: str, served: dict[str, str]) -> RunConfig:
+    local = {"kind": "local", "models": [{"model": str(folder / "teacher")}]}
+    if PRESETS[method].context == "privileged":
+        teacher: dict[str, Any] = {"kind": "self", "privileged_template": TEMPLATE}
+    elif PRESETS[method].objective.tier is Tier.TEXT:
+        teacher = {"kind": "none"}
+    else:
+        teacher = local if PRESETS[method].objective.tier is Tier.FULL else served
+    return parse(mapping(folder, method, teacher))
+
+
+@pytest.mark.parametrize("method", WHOLE)
+async def test_a_method_trains_for_a_few_steps(method: str, opened: Site, folder: Path, served: dict[str, str]) -> None:
+    config = config_of(folder, method, served)
+    journal = Journal(folder / config.name)
+    report = await execute(config, opened, journal)
+    journal.close()
+    steps = list(read_jsonl(journal.folder / "metrics.jsonl"))
+    assert [step["step"] for step in steps] == [1, 2]
+    assert report["tokens_trained"] > 0
+    assert all(step["loss"] is not None and math.isfinite(step["loss"]) for step in steps)
+    if not PRESETS[method].objective.reads_reward:  # an untrained model earns nothing, and then nothing moves
+        assert all(step["grad_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize("method", [name for name in PRESETS if name not in WHOLE])
+async def test_a_method_whose_parts_do_not_exist_is_refused_by_name(method: str, folder: Path) -> None:
+    local = {"kind": "local", "models": [{"model": "m"}], "privileged_template": TEMPLATE}
+    with pytest.raises(PlanError, match=f"method '{method}' needs .*, which a run cannot bring yet; nearest"):
+        plan(parse(mapping(folder, method, local)))
