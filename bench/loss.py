@@ -9,7 +9,8 @@ naive    logits of all tokens at once, log_softmax, the formula, autograd; where
          tokens, and scaled
 
 They take turns in one process; times are medians, ratios are medians of each turn's ratio. Memory is how far a process
-of its own, which does nothing else, rises above its inputs; the gradients of hidden and head are in it.
+of its own, which does nothing else, rises above its inputs; the gradients of hidden and head are in it. Set
+OMP_WAIT_POLICY=PASSIVE where other processes want the cores: ours has many short parallel regions.
 """
 
 from __future__ import annotations

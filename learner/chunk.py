@@ -21,6 +21,7 @@ class Chunk:
         self.rows = rows  # [C] i64, which rows of `facts` these are
         self._facts = facts
         self._others: dict[str, Tensor] = {}
+        self.compared: dict[str, tuple[Tensor, Tensor]] = {}  # by term (outcomes.py)
 
     @cached_property
     def logq(self) -> Tensor:

@@ -33,6 +33,12 @@ def compare(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
     `name` is the term's, under which `moment` holds its schedule. Raises ValueError when what the support reads is
     missing from the facts.
     """
+    if name not in chunk.compared:
+        chunk.compared[name] = _compared(term, name, chunk, moment)
+    return chunk.compared[name]
+
+
+def _compared(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
     support = term.support
     if isinstance(support, Full):
         if term.target is None:

@@ -11,12 +11,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from learner import look
 from learner.aggregation import Denominators, subsets
+from learner.chunk import ReadAhead
 from learner.credit import credit
 from learner.facts import Facts, Moment
 from learner.inner_teacher import InnerModels
@@ -137,12 +139,13 @@ class Trainer:
             rewards=rewards,
         )
         domains = [scored.rollout.domain for scored in part]
+        ahead = partial(ReadAhead, num_rows=len(facts.token_ids), window=self.config.learner.chunk_tokens)
         if inner.teacher is not None:
             packed = _packed(part, masks, [self._teachers_prompt(scored) for scored in part])
-            facts = dataclasses.replace(facts, teacher_logits=inner.teacher.logits(packed, domains=domains))
+            facts = dataclasses.replace(facts, teacher_logits=ahead(inner.teacher.logits(packed, domains=domains)))
         if inner.reference is not None:
             packed = _packed(part, masks, [scored.rollout.prompt_ids for scored in part])
-            facts = dataclasses.replace(facts, reference_logits=inner.reference.logits(packed, domains=domains))
+            facts = dataclasses.replace(facts, reference_logits=ahead(inner.reference.logits(packed, domains=domains)))
         if look.needed(objective, inside=inner.teacher is not None):
             facts = look.look(facts, hidden, self.student.head, chunk_tokens=self.config.learner.chunk_tokens)
         return facts

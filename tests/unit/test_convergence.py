@@ -90,7 +90,7 @@ def normalised(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def close(found: Tensor, expected: Tensor, *, atol: float = 1e-5) -> None:
+def check_close(found: Tensor, expected: Tensor, *, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -117,19 +117,19 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("choices", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_every_divergence_ends_at_the_teacher(choices: dict[str, Any]) -> None:
     table = descend(of_states(made(**choices), visited()), START)
-    close(table.softmax(-1), P)
+    check_close(table.softmax(-1), P)
 
 
 def test_a_teacher_at_another_temperature_is_the_optimum_at_that_temperature() -> None:
     objective = made(loss="forward_kl", target={"kind": "tempered", "student": 1.0, "teacher": 2.0})
-    close(descend(of_states(objective, visited()), START).softmax(-1), normalised(P**0.5))
+    check_close(descend(of_states(objective, visited()), START).softmax(-1), normalised(P**0.5))
 
 
 def test_a_written_token_in_the_target_draws_its_share_of_the_optimum() -> None:
     """The data is uniform here: a share of 0.7 of the teacher leaves 0.3 of it."""
     objective = made(loss="forward_kl", target={"kind": "one_hot_mix", "share": 0.7})
     facts = enumerated(**distribution(TEACHER.repeat_interleave(VOCABULARY, 0)))
-    close(descend(of_all_tokens(objective, facts), START).softmax(-1), 0.7 * P + 0.3 / VOCABULARY)
+    check_close(descend(of_all_tokens(objective, facts), START).softmax(-1), 0.7 * P + 0.3 / VOCABULARY)
 
 
 # A family that holds one bump: a mean and a width on a line of 21 tokens, and a teacher with two.
@@ -167,7 +167,7 @@ def exactly(loss: Any, *, mean: float) -> Tensor:
 @pytest.mark.parametrize(("mean", "mode"), [(7.0, 0), (13.0, 1)])
 def test_a_reverse_kl_seeks_the_nearer_mode_and_leaves_the_other(mean: float, mode: int) -> None:
     q = exactly("reverse_kl", mean=mean)
-    close(q, HUMPS[mode], atol=1e-3)
+    check_close(q, HUMPS[mode], atol=1e-3)
     left = (q * (q.log() - BIMODAL.log())).sum().item()
     assert left == pytest.approx(-WEIGHTS[mode].log().item(), abs=1e-3)  # it pays for what the mode does not hold
 
@@ -200,7 +200,7 @@ ESTIMATES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("choices", ESTIMATES.values(), ids=ESTIMATES)
 def test_every_estimate_ends_at_the_teacher(choices: dict[str, Any]) -> None:
     table = descend(of_all_tokens(estimate(**choices), enumerated(teacher=P.log())), START)
-    close(table.softmax(-1), P)
+    check_close(table.softmax(-1), P)
 
 
 @pytest.mark.parametrize("loss", ["policy_gradient", "k2"])
@@ -212,7 +212,7 @@ def test_on_policy_no_ratio_is_needed(loss: str) -> None:
         frequent = VOCABULARY * table.softmax(-1)
         return of_all_tokens(objective, enumerated(teacher=P.log(), pass_rate_weight=frequent))(step, table)
 
-    close(descend(gradient, START).softmax(-1), P)
+    check_close(descend(gradient, START).softmax(-1), P)
 
 
 def test_several_draws_at_a_state_end_at_the_teacher_whoever_drew_them() -> None:
@@ -220,20 +220,20 @@ def test_several_draws_at_a_state_end_at_the_teacher_whoever_drew_them() -> None
     drawn = {"sample_behaviour": SAMPLER.view(STATES, VOCABULARY), "sample_teacher": P.log()}
     facts = visited(sample_ids=everything, teacher=P.log()[:, 0], behaviour=SAMPLER[:STATES], **drawn)
     objective = estimate(support={"kind": "samples", "m": VOCABULARY}, loss="policy_gradient")
-    close(descend(of_states(objective, facts), START).softmax(-1), P)
+    check_close(descend(of_states(objective, facts), START).softmax(-1), P)
 
 
 def test_a_baseline_moves_no_optimum() -> None:
     objective = estimate(loss={"kind": "policy_gradient", "baseline": "kl"})
     facts = enumerated(teacher=P.log(), **distribution(TEACHER.repeat_interleave(VOCABULARY, 0)))
-    close(descend(of_all_tokens(objective, facts), START).softmax(-1), P)
+    check_close(descend(of_all_tokens(objective, facts), START).softmax(-1), P)
 
 
 @pytest.mark.parametrize("extrapolation", [0.5, 1.25])
 def test_g_opd_ends_at_the_geometric_mixture_of_reference_and_teacher(extrapolation: float) -> None:
     objective = estimate(loss={"kind": "policy_gradient", "extrapolation": extrapolation})
     table = descend(of_all_tokens(objective, enumerated(teacher=P.log(), reference=REF.log())), START)
-    close(table.softmax(-1), normalised(REF ** (1 - extrapolation) * P**extrapolation))
+    check_close(table.softmax(-1), normalised(REF ** (1 - extrapolation) * P**extrapolation))
 
 
 def test_a_reward_beside_the_teacher_tilts_the_optimum_by_its_exponential() -> None:
@@ -241,7 +241,7 @@ def test_a_reward_beside_the_teacher_tilts_the_optimum_by_its_exponential() -> N
     reward = torch.linspace(-1, 1, STATES * VOCABULARY, dtype=torch.float64).view(STATES, VOCABULARY)
     objective = estimate(loss={"kind": "policy_gradient", "reward": 1.0, "normalise": "mean"})
     table = descend(of_all_tokens(objective, enumerated(teacher=P.log(), reward=reward)), START)
-    close(table.softmax(-1), normalised(P * reward.exp()))
+    check_close(table.softmax(-1), normalised(P * reward.exp()))
 
 
 def test_an_anchor_to_the_reference_shares_the_optimum_by_its_weight() -> None:
@@ -249,7 +249,7 @@ def test_an_anchor_to_the_reference_shares_the_optimum_by_its_weight() -> None:
     anchor = {"support": "sampled", "over": "student", "against": "reference", "loss": "ratio_k3", "weight": 0.5}
     objective = estimate(loss="policy_gradient", auxiliaries={"anchor": anchor})
     table = descend(of_all_tokens(objective, enumerated(teacher=P.log(), reference=REF.log())), START)
-    close(table.softmax(-1), normalised((P * REF**0.5) ** (1 / 1.5)))
+    check_close(table.softmax(-1), normalised((P * REF**0.5) ** (1 / 1.5)))
 
 
 def test_the_samplers_log_probs_in_the_advantage_end_at_one_token_once_the_text_is_stale() -> None:
@@ -264,12 +264,12 @@ def test_the_samplers_log_probs_in_the_advantage_end_at_one_token_once_the_text_
 def test_a_restricted_family_needs_the_ratio_to_end_where_the_reverse_kl_does(loss: str) -> None:
     """A table hides its absence: at q = p every log-ratio is 0, whoever wrote the text."""
     without = descend(of_all_tokens(estimate(loss=loss, correction="ignored"), enumerated(teacher=P.log())), START)
-    close(without.softmax(-1), P)
+    check_close(without.softmax(-1), P)
     facts = make_facts(
         [1] * 21, token_ids=list(range(21)), teacher=BIMODAL.log(), behaviour=torch.full_like(BIMODAL, 1 / 21).log()
     )
     expected = exactly("reverse_kl", mean=7.0)
-    close(fitted(estimate(loss=loss), facts, mean=7.0), expected)
+    check_close(fitted(estimate(loss=loss), facts, mean=7.0), expected)
     biased = fitted(estimate(loss=loss, correction="ignored"), facts, mean=7.0)
     assert (biased - expected).abs().max() > 0.05
 
@@ -291,8 +291,8 @@ BOTH_WAYS = pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd"])
 @BOTH_WAYS
 def test_a_tail_bucket_learns_the_support_and_in_sum_what_lies_outside(loss: str) -> None:
     found = on_support(loss, "tail", START)
-    close(found, P_SUPPORT)
-    close(1 - found.sum(-1), 1 - P_SUPPORT.sum(-1))
+    check_close(found, P_SUPPORT)
+    check_close(1 - found.sum(-1), 1 - P_SUPPORT.sum(-1))
 
 
 def test_within_the_bucket_nothing_is_learnt() -> None:
@@ -301,7 +301,7 @@ def test_within_the_bucket_nothing_is_learnt() -> None:
     gradient = of_states(objective, visited(**looked_up(SUPPORT)))(1, START)
     outside = torch.ones_like(START).scatter(-1, SUPPORT, 0.0).bool()
     pull = (gradient / START.softmax(-1))[outside].view(STATES, -1)
-    close(pull, pull[:, :1].expand_as(pull), atol=1e-12)
+    check_close(pull, pull[:, :1].expand_as(pull), atol=1e-12)
     assert pull.abs().min() > 1e-3
 
 
@@ -310,17 +310,17 @@ def test_renormalised_the_mass_outside_stays_where_it_happened_to_be(loss: str) 
     masses = []
     for start in (START, START.scatter(-1, SUPPORT, -2.0)):
         found = on_support(loss, "renorm", start)
-        close(normalised(found), normalised(P_SUPPORT))
+        check_close(normalised(found), normalised(P_SUPPORT))
         masses.append(found.sum(-1))
     assert (masses[0] - masses[1]).min() > 0.2
 
 
 def test_left_out_a_forward_kl_drives_the_rest_to_nothing() -> None:
-    close(on_support("forward_kl", "partial", START, steps=400), normalised(P_SUPPORT), atol=1e-3)
+    check_close(on_support("forward_kl", "partial", START, steps=400), normalised(P_SUPPORT), atol=1e-3)
 
 
 def test_left_out_a_reverse_kl_keeps_one_e_th_of_the_teachers_mass() -> None:
-    close(on_support("reverse_kl", "partial", START), P_SUPPORT / math.e)
+    check_close(on_support("reverse_kl", "partial", START), P_SUPPORT / math.e)
 
 
 @pytest.mark.parametrize("kind", ["student_topk", "teacher_topk", "union_topk"])
@@ -329,7 +329,7 @@ def test_a_support_that_follows_the_student_ends_at_the_teacher_on_what_it_holds
     objective = made(support={"kind": kind, "k": 4}, loss="reverse_kl")
     q = descend(of_states(objective, visited()), START).softmax(-1)
     top = P.topk(4).indices
-    close(q.gather(-1, top), P.gather(-1, top), atol=1e-4)
+    check_close(q.gather(-1, top), P.gather(-1, top), atol=1e-4)
 
 
 # Objectives with a memory, or with pairs.
@@ -346,7 +346,7 @@ def test_taid_ends_at_the_teacher_while_its_schedule_rises_to_one() -> None:
         schedules.observe(step, {"main": loss})
         return found
 
-    close(descend(gradient, START, steps=steps).softmax(-1), P)
+    check_close(descend(gradient, START, steps=steps).softmax(-1), P)
     assert seen == sorted(seen)
     assert (seen[0], schedules.values()["main"]) == (0.2, 1.0)
     assert seen[steps // 2] > 0.2 + 0.8 / 2 + 0.01  # ahead of the straight line: the loss fell
@@ -383,7 +383,7 @@ def test_a_preference_raises_the_chosen_text_and_lowers_the_rejected_one() -> No
     assert losses[-1] < 0.1
     assert all(later < earlier for earlier, later in pairwise(losses))
     assert moved[1, chosen[1]] > 1 > -1 > moved[1, rejected[1]]
-    close(moved[0], torch.zeros(VOCABULARY, dtype=torch.float64), atol=1e-12)
+    check_close(moved[0], torch.zeros(VOCABULARY, dtype=torch.float64), atol=1e-12)
 
 
 def test_standardised_logits_end_at_the_teachers_shape_and_forget_its_scale() -> None:
@@ -391,7 +391,7 @@ def test_standardised_logits_end_at_the_teachers_shape_and_forget_its_scale() ->
     found = []
     for start in (START, 3 * START):
         table = descend(of_states(objective, visited()), start)
-        close(z_scores(table), z_scores(TEACHER), atol=1e-4)
+        check_close(z_scores(table), z_scores(TEACHER), atol=1e-4)
         found.append(table.std(-1))
     assert (found[1] - found[0]).min() > 0.1
 

@@ -36,7 +36,7 @@ def random(seed: int, *shape: int) -> Tensor:
 STUDENT, TEACHER = 1.5 * random(1, N, V), 1.5 * random(2, N, V)
 
 
-def check(
+def check_paper(
     name: str,
     literal: Callable[[Tensor], Tensor],
     *,
@@ -110,7 +110,7 @@ def generalised_jsd(z: Row, p: Row, beta: float) -> Tensor:
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_gkd_is_the_mean_over_completions_of_each_ones_mean_jsd(beta: float) -> None:
-    check(
+    check_paper(
         "gkd",
         lambda z: mean_of_means(lambda n: generalised_jsd(z[n], p(n), beta), completions()),
         changes={"loss": {"beta": beta}},
@@ -123,7 +123,7 @@ def test_gkd_is_the_mean_over_completions_of_each_ones_mean_jsd(beta: float) -> 
     ids=["forward_kl", "reverse_kl"],
 )
 def test_gkd_at_the_ends_of_beta_is_a_kl(beta: float, divergence: Callable[[Row, Row], Tensor]) -> None:
-    check(
+    check_paper(
         "gkd",
         lambda z: mean_of_means(lambda n: divergence(z[n], p(n)), completions()),
         changes={"loss": {"beta": beta}},
@@ -144,7 +144,7 @@ def test_gkd_topk_is_the_jsd_over_what_the_teacher_sent_and_one_outcome_for_the_
         return 0.5 * kl(t, m) + 0.5 * kl(q, m)
 
     sent = torch.tensor([[float(x) for x in outcomes(p(n), n)] for n in range(N)], dtype=torch.float64).log()
-    check(
+    check_paper(
         "gkd_topk",
         lambda z: mean_of_means(lambda n: loss(z, n), completions()),
         changes={"support": {"k": k}},
@@ -176,7 +176,7 @@ def test_minillm_weighs_the_exact_term_and_the_return_of_what_follows_by_the_tok
         return mean([sequence(z, rows) for rows in own]) + 0.5 * pretraining
 
     origins = ("student", "others", "student", "others")
-    check("minillm", literal, origins=origins, behaviour=sampler, **distribution(TEACHER))
+    check_paper("minillm", literal, origins=origins, behaviour=sampler, **distribution(TEACHER))
 
 
 def test_distillm_is_the_kl_of_the_student_to_its_skewed_mixture_with_the_teacher() -> None:
@@ -184,11 +184,11 @@ def test_distillm_is_the_kl_of_the_student_to_its_skewed_mixture_with_the_teache
         q = softmax(z[n])
         return kl(q, mixture(0.9, p(n), q))
 
-    check("distillm", lambda z: mean_over_tokens(lambda n: loss(z, n)))
+    check_paper("distillm", lambda z: mean_over_tokens(lambda n: loss(z, n)))
 
 
 def test_distillm_forward_is_the_kl_of_the_teacher_to_the_mixture() -> None:
-    check(
+    check_paper(
         "distillm_forward",
         lambda z: mean_over_tokens(lambda n: kl(p(n), mixture(0.1, p(n), softmax(z[n])))),
     )
@@ -208,7 +208,7 @@ def test_distillm2_gives_each_half_of_the_text_its_own_divergence() -> None:
         theirs, own = completions()[:2], completions()[2:]
         return 0.5 * (mean_of_means(forward, theirs) + mean_of_means(reverse, own))
 
-    check("distillm2", literal, origins=FIRST_TWO_OTHERS)
+    check_paper("distillm2", literal, origins=FIRST_TWO_OTHERS)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
@@ -217,7 +217,7 @@ def test_taid_is_the_kl_from_a_constant_target_between_both_logits(t: float) -> 
         target = constant_softmax([(1 - t) * own + t * other for own, other in zip(z[n], TEACHER[n], strict=True)])
         return kl(target, softmax(z[n]))
 
-    check("taid", lambda z: mean_over_tokens(lambda n: loss(z, n)), schedule={"main": t})
+    check_paper("taid", lambda z: mean_over_tokens(lambda n: loss(z, n)), schedule={"main": t})
 
 
 @pytest.mark.parametrize("steps", [5, 20_000])  # the straight line to 1 rules; it hardly rises
@@ -241,7 +241,7 @@ def test_bd_kd_leans_on_the_reverse_kl_where_the_student_is_less_sure() -> None:
         g = 1 / (1 + (-(entropy(q) - entropy(p(n)))).exp()).detach()
         return g * kl(q, p(n)) + (1 - g) * kl(p(n), q)
 
-    check("bd_kd", lambda z: mean_over_tokens(lambda n: loss(z, n)))
+    check_paper("bd_kd", lambda z: mean_over_tokens(lambda n: loss(z, n)))
 
 
 def test_logit_standardised_compares_z_scores_at_temperature_two_times_four() -> None:
@@ -250,7 +250,7 @@ def test_logit_standardised_compares_z_scores_at_temperature_two_times_four() ->
         deviation = mean([(x - centre) ** 2 for x in z]).sqrt()
         return softmax([(x - centre) / deviation / 2 for x in z])
 
-    check(
+    check_paper(
         "logit_standardised",
         lambda z: mean_over_tokens(lambda n: 4 * kl(standardised(TEACHER[n]), standardised(z[n]))),
     )
@@ -267,7 +267,7 @@ def test_pld_ranks_the_written_token_first_and_the_others_as_the_teacher_does() 
         )
 
     assert any(IDS[n] != int(TEACHER[n].argmax()) for n in range(N))
-    check("pld", lambda z: mean_over_tokens(lambda n: loss(z, n)), origins=OTHERS)
+    check_paper("pld", lambda z: mean_over_tokens(lambda n: loss(z, n)), origins=OTHERS)
 
 
 @pytest.mark.parametrize(("step", "share"), [(1, 0.0), (3, 0.4), (5, 0.8), (9, 0.8)])
@@ -276,7 +276,7 @@ def test_ps_kd_mixes_the_written_token_with_earlier_predictions_more_and_more(st
         target = [(1 - share) * float(v == IDS[n]) + share * p(n)[v] for v in range(V)]
         return kl([torch.as_tensor(x) for x in target], softmax(z[n]))
 
-    check(
+    check_paper(
         "ps_kd",
         lambda z: mean_over_tokens(lambda n: loss(z, n)),
         changes={"target": {"share": {"to_step": 5}}},
@@ -292,7 +292,7 @@ def test_swing_heats_the_teacher_by_how_private_a_token_is() -> None:
         temperature = 1 + (4 - 1) * float(privacy[n])
         return kl(softmax([x / temperature for x in TEACHER[n]]), softmax(z[n]))
 
-    check("swing", lambda z: mean_over_tokens(lambda n: loss(z, n)), privacy=privacy, **distribution(TEACHER))
+    check_paper("swing", lambda z: mean_over_tokens(lambda n: loss(z, n)), privacy=privacy, **distribution(TEACHER))
 
 
 def test_dac_kl_drops_what_is_outside_the_teachers_nucleus_on_both_sides() -> None:
@@ -309,7 +309,7 @@ def test_dac_kl_drops_what_is_outside_the_teachers_nucleus_on_both_sides() -> No
         return kl(softmax([TEACHER[n, v] for v in kept(n)]), softmax([z[n, v] for v in kept(n)]))
 
     assert len({len(kept(n)) for n in range(N)}) > 1
-    check("dac_kl", lambda z: mean_over_tokens(lambda n: loss(z, n)))
+    check_paper("dac_kl", lambda z: mean_over_tokens(lambda n: loss(z, n)))
 
 
 def test_first_calibrates_the_teachers_top_and_compares_it_with_the_students_share_of_it() -> None:
@@ -321,7 +321,7 @@ def test_first_calibrates_the_teachers_top_and_compares_it_with_the_students_sha
         total = sum(calibrated)
         return kl([x / total for x in calibrated], softmax([z[n, v] for v in top]))
 
-    check(
+    check_paper(
         "first",
         lambda z: mean_over_tokens(lambda n: loss(z, n)),
         changes={"support": {"k": k}, "target": {"teacher": temperature}},
@@ -360,7 +360,7 @@ def test_random_sampling_is_the_kl_from_an_exact_head_and_counted_draws(
             weights[v] = weights[v] + mass / draws
         return weights
 
-    check(
+    check_paper(
         name,
         lambda z: mean_over_tokens(lambda n: kl(target(n), softmax(z[n]))),
         changes=changes,
@@ -379,7 +379,7 @@ def test_uld_sorts_both_sides_beside_the_likelihood_of_the_texts_of_others() -> 
         supervised = mean([-softmax(z[n])[IDS[n]].log() for n in theirs])
         return 1.5 * mean_over_tokens(lambda n: shape(z, n)) + supervised
 
-    check("uld", literal, origins=FIRST_TWO_OTHERS)
+    check_paper("uld", literal, origins=FIRST_TWO_OTHERS)
 
 
 def test_every_preset_of_the_file_has_the_numbers_of_its_paper_as_it_stands() -> None:

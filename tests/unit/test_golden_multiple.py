@@ -50,7 +50,7 @@ def kl(a: Distribution, b: Distribution) -> Any:
     return sum(x * (log_a - log_b) for x, log_a, log_b in zip(a, *logs, strict=True))
 
 
-def check(
+def check_paper(
     objective: Objective,
     token_loss: Callable[[Distribution, int], Any],
     weights: Sequence[float],
@@ -87,7 +87,7 @@ def test_mopd_asks_each_domains_teacher_and_drops_tokens_whose_ratio_left_the_ma
 
     objective = MULTIPLE["mopd"].objective
     which = teacher_of(domains, {"maths": 0, "code": 1})[torch.tensor(sequence)]
-    check(
+    check_paper(
         objective.model_copy(update={"loss": objective.loss.model_copy(update={"reward": reward})}),
         mopd,
         SEQUENCE_MEAN,
@@ -104,7 +104,7 @@ def test_multi_teacher_is_a_reverse_kl_to_the_weighted_mean_of_probabilities():
         return kl(softmax(logits), mean)
 
     teacher = together(average_of_probabilities, [0.25, 0.75])
-    check(MULTIPLE["multi_teacher"].objective, reverse_kl, TOKEN_MEAN, teacher=teacher)
+    check_paper(MULTIPLE["multi_teacher"].objective, reverse_kl, TOKEN_MEAN, teacher=teacher)
 
 
 def test_baby_llama_halves_a_tempered_forward_kl_to_the_mean_of_logits_and_the_cross_entropy():
@@ -114,4 +114,4 @@ def test_baby_llama_halves_a_tempered_forward_kl_to_the_mean_of_logits_and_the_c
         return 0.5 * 2**2 * kl(p, q) - 0.5 * torch.log(softmax(logits)[WRITTEN[t]])
 
     teacher = together(average_of_logits, [0.5, 0.5])
-    check(MULTIPLE["baby_llama"].objective, baby_llama, TOKEN_MEAN, teacher=teacher, origins=["others"] * 3)
+    check_paper(MULTIPLE["baby_llama"].objective, baby_llama, TOKEN_MEAN, teacher=teacher, origins=["others"] * 3)

@@ -37,7 +37,7 @@ def likelihood(logits: Tensor, rows: tuple[int, ...]) -> Tensor:
     return total
 
 
-def check(found: tuple[float, Tensor], paper: Callable[[Tensor], Tensor]) -> None:
+def check_paper(found: tuple[float, Tensor], paper: Callable[[Tensor], Tensor]) -> None:
     z = STUDENT.clone().requires_grad_()
     loss = paper(z)
     assert found[0] == pytest.approx(loss.item(), rel=1e-9)
@@ -65,12 +65,12 @@ def of_answers(rows: tuple[tuple[int, ...], ...]) -> Callable[[Tensor], Tensor]:
 
 
 def test_sft_is_the_likelihood_of_whole_answers_over_the_tokens_of_the_step():
-    check(learn("sft", origins=OTHERS), of_answers(COMPLETIONS))
+    check_paper(learn("sft", origins=OTHERS), of_answers(COMPLETIONS))
 
 
 def test_sft_reads_nothing_that_the_student_wrote():
     found = learn("sft", origins=("others", "student", "others", "student"))
-    check(found, of_answers((COMPLETIONS[0], COMPLETIONS[2])))
+    check_paper(found, of_answers((COMPLETIONS[0], COMPLETIONS[2])))
 
 
 def test_a_token_of_sft_weighs_the_same_in_a_short_answer_and_a_long_one():
@@ -83,7 +83,7 @@ def test_a_token_of_sft_weighs_the_same_in_a_short_answer_and_a_long_one():
 def test_dasd_learns_the_students_prefix_as_it_learns_the_teachers_ending():
     """Of every answer the first half is the student's, cut where it was truncated; none of it is masked."""
     found = learn("dasd", origins=OTHERS)
-    check(found, of_answers(COMPLETIONS))
+    check_paper(found, of_answers(COMPLETIONS))
     endings = of_answers(tuple(rows[len(rows) // 2 :] for rows in COMPLETIONS))
     assert found[0] != pytest.approx(endings(STUDENT).item(), rel=1e-3)
     assert found[1][0].abs().max() > 0
@@ -105,7 +105,7 @@ def soda(z: Tensor) -> Tensor:
 
 
 def test_soda_has_the_loss_and_the_gradient_of_its_paper():
-    check(learn("soda", origins=PAIRED), soda)
+    check_paper(learn("soda", origins=PAIRED), soda)
 
 
 def test_soda_starts_at_log_2_and_pulls_by_half_of_beta_whatever_the_lengths():

@@ -117,7 +117,7 @@ def server(k: int = 1, **fields: Any) -> Facts:
     return make_facts(LENGTHS, token_ids=WRITTEN, **{"behaviour": behaviour(), **found, **fields})
 
 
-def check(
+def check_paper(
     objective: Objective,
     facts: Facts,
     token_loss: Callable[[Distribution, int], Any],
@@ -145,18 +145,18 @@ def test_opd_is_a_reverse_kl_with_the_rest_as_one_outcome_and_early_stop_its_beg
 
     gates = [gate.model_dump() | {"last": 2} for gate in ON_POLICY[name].objective.gates]
     weights = [1 / 6 if position < seen else 0.0 for position in (0, 1, 2, 0, 0, 1)]
-    check(preset(name, support={"k": 3}, gates=gates), facts, reverse_kl, weights)
+    check_paper(preset(name, support={"k": 3}, gates=gates), facts, reverse_kl, weights)
 
 
 def test_opd_full_is_the_reverse_kl():
-    check(preset("opd_full"), inside(), lambda q, t: kl(q, P[t]), TOKEN_MEAN)
+    check_paper(preset("opd_full"), inside(), lambda q, t: kl(q, P[t]), TOKEN_MEAN)
 
 
 @pytest.mark.parametrize("facts", [inside(), server()], ids=["inside", "server"])
 @pytest.mark.parametrize("name", ["opd_sampled", "g_opd"])
 def test_opd_sampled_and_g_opd_at_lambda_1_weigh_the_log_ratio_with_a_truncated_ratio(name: str, facts: Facts):
     assert any(ratio > 5 for ratio in RATIO)
-    check(preset(name), facts, lambda q, t: min(RATIO[t], 5.0) * pushed(q, t, advantage(t)), TOKEN_MEAN)
+    check_paper(preset(name), facts, lambda q, t: min(RATIO[t], 5.0) * pushed(q, t, advantage(t)), TOKEN_MEAN)
 
 
 def test_exopd_goes_a_quarter_past_the_teacher():
@@ -165,7 +165,7 @@ def test_exopd_goes_a_quarter_past_the_teacher():
         return min(RATIO[t], 5.0) * pushed(q, t, -((own - start) - 1.25 * (other - start)))
 
     facts = inside(reference_logits=lambda rows: REFERENCE[rows])
-    check(preset("exopd"), facts, extrapolated, TOKEN_MEAN)
+    check_paper(preset("exopd"), facts, extrapolated, TOKEN_MEAN)
 
 
 def test_thinking_machines_scores_with_the_samplers_log_probs_and_sums_over_tokens():
@@ -173,7 +173,7 @@ def test_thinking_machines_scores_with_the_samplers_log_probs_and_sums_over_toke
         sampler = Q[t][WRITTEN[t]] / RATIO[t]
         return -(q[WRITTEN[t]] / sampler) * (math.log(P[t][WRITTEN[t]]) - math.log(sampler))
 
-    check(preset("thinking_machines"), server(), cookbook, SEQUENCE_SUM)
+    check_paper(preset("thinking_machines"), server(), cookbook, SEQUENCE_SUM)
 
 
 @pytest.mark.parametrize("facts", [inside(), server(k=3)], ids=["inside", "server"])
@@ -192,7 +192,7 @@ def test_eopd_adds_a_forward_kl_where_the_teacher_is_unsure_to_ppos_clipped_loss
         return policy + cover
 
     objective = preset("eopd", auxiliaries={"cover": {"support": {"k": 3}}})
-    check(objective, facts, eopd, TOKEN_MEAN)
+    check_paper(objective, facts, eopd, TOKEN_MEAN)
 
 
 @pytest.mark.parametrize("facts", [inside(), server(k=3)], ids=["inside", "server"])
@@ -202,15 +202,15 @@ def test_lsm_scales_both_sides_to_1_on_the_teachers_top_k(facts: Facts):
         own, others = [q[v] for v in kept], [P[t][v] for v in kept]
         return kl([x / sum(own) for x in own], [x / sum(others) for x in others])
 
-    check(preset("lsm", support={"k": 3}), facts, lsm, TOKEN_MEAN)
+    check_paper(preset("lsm", support={"k": 3}), facts, lsm, TOKEN_MEAN)
 
 
 def test_vopd_adds_the_kl_to_the_advantage():
-    check(preset("vopd"), inside(), lambda q, t: pushed(q, t, advantage(t) + kl(Q[t], P[t])), TOKEN_MEAN)
+    check_paper(preset("vopd"), inside(), lambda q, t: pushed(q, t, advantage(t) + kl(Q[t], P[t])), TOKEN_MEAN)
 
 
 def test_power_opd_scores_with_the_difference_of_fifth_powers():
-    check(
+    check_paper(
         preset("power_opd"),
         server(),
         lambda q, t: pushed(q, t, P[t][WRITTEN[t]] ** 5 - Q[t][WRITTEN[t]] ** 5),
@@ -225,7 +225,7 @@ def test_iw_opd_weighs_a_token_by_how_much_of_its_completions_advantage_is_still
         passed = sum(abs(advantage(u)) for u in completion if u <= t)
         return 1 + 0.5 * (1 - passed / sum(abs(advantage(u)) for u in completion))
 
-    check(preset("iw_opd"), facts, lambda q, t: early(t) * pushed(q, t, advantage(t)), TOKEN_MEAN)
+    check_paper(preset("iw_opd"), facts, lambda q, t: early(t) * pushed(q, t, advantage(t)), TOKEN_MEAN)
 
 
 def test_stable_opd_adds_the_likelihood_of_gold_text_and_a_kl_to_the_reference():
@@ -244,14 +244,14 @@ def test_stable_opd_adds_the_likelihood_of_gold_text_and_a_kl_to_the_reference()
         behaviour=known.behaviour.masked_fill(nowhere, torch.nan),
         reference_logits=lambda rows: REFERENCE[rows],
     )
-    check(preset("stable_opd"), facts, stable, [1.0] * 6)
+    check_paper(preset("stable_opd"), facts, stable, [1.0] * 6)
 
 
 def test_stable_opd_averages_what_the_student_wrote_over_its_tokens():
     def stable(q: Distribution, t: int) -> Any:
         return min(RATIO[t], 5.0) * pushed(q, t, advantage(t)) + 0.01 * kl(q, R[t])
 
-    check(preset("stable_opd"), server(reference_logits=lambda rows: REFERENCE[rows]), stable, TOKEN_MEAN)
+    check_paper(preset("stable_opd"), server(reference_logits=lambda rows: REFERENCE[rows]), stable, TOKEN_MEAN)
 
 
 @pytest.mark.parametrize(("opener", "forking", "chosen"), [(0.1, 0.1, (3, 3)), (0.5, 0.4, (4, 4))])
@@ -287,7 +287,7 @@ def test_tsd_kd_is_a_gated_jsd_a_ranking_of_the_opening_and_entropy_at_the_least
     )
     smaller = {"ranking": {"support": {"k": 3}, "gates": ranking}, "certainty": {"gates": certainty}}
     objective = preset("tsd_kd", auxiliaries=smaller)
-    check(objective, inside(), tsd_kd, TOKEN_MEAN)
+    check_paper(objective, inside(), tsd_kd, TOKEN_MEAN)
 
 
 def test_async_opd_averages_corrected_draws_under_the_current_student():
@@ -303,7 +303,7 @@ def test_async_opd_averages_corrected_draws_under_the_current_student():
         sample_behaviour=sampler.log(),
         sample_teacher=torch.tensor(P, dtype=torch.float64).log().gather(-1, draws),
     )
-    check(preset("async_opd", support={"m": 4}), facts, async_opd, TOKEN_MEAN)
+    check_paper(preset("async_opd", support={"m": 4}), facts, async_opd, TOKEN_MEAN)
 
 
 def paced_facts(origins: Sequence[str]) -> Facts:
@@ -323,13 +323,13 @@ def pace(t: int) -> float:
 def test_paced_weighs_prompts_by_their_pass_rate_and_covers_the_text_of_others(name: str):
     facts = paced_facts(["others", "others", "student"])
     weights = [1 / 6] * 3 + [1 / 2] + [0.0] * 2
-    check(preset(name), facts, lambda q, t: pace(t) * kl(P[t], q), weights, step=100)
+    check_paper(preset(name), facts, lambda q, t: pace(t) * kl(P[t], q), weights, step=100)
 
 
 def test_the_second_stage_of_paced_is_a_reverse_kl_on_the_students_text():
     facts = paced_facts(["others", "student", "student"])
     weights = [0.0] * 3 + [1 / 2] + [1 / 4] * 2
-    check(preset("paced_two_stage"), facts, lambda q, t: pace(t) * kl(q, P[t]), weights, step=101)
+    check_paper(preset("paced_two_stage"), facts, lambda q, t: pace(t) * kl(q, P[t]), weights, step=101)
 
 
 def test_veto_is_a_forward_kl_to_a_bridge_that_the_student_bends_its_own_way():
@@ -337,7 +337,7 @@ def test_veto_is_a_forward_kl_to_a_bridge_that_the_student_bends_its_own_way():
         bridge = [p * x**0.5 for p, x in zip(P[t], Q[t], strict=True)]
         return kl([x / sum(bridge) for x in bridge], q)
 
-    check(preset("veto"), inside(), veto, TOKEN_MEAN)
+    check_paper(preset("veto"), inside(), veto, TOKEN_MEAN)
 
 
 def test_veto_ends_at_a_power_of_the_teacher():
@@ -346,4 +346,4 @@ def test_veto_ends_at_a_power_of_the_teacher():
 
 
 def test_sequence_mean_gives_each_completion_the_same_weight():
-    check(preset("opd_full", aggregation="sequence_mean"), inside(), lambda q, t: kl(q, P[t]), SEQUENCE_MEAN)
+    check_paper(preset("opd_full", aggregation="sequence_mean"), inside(), lambda q, t: kl(q, P[t]), SEQUENCE_MEAN)
