@@ -16,11 +16,11 @@ from learner.targets import aligned
 from potstill.algebra.gates import PassRate
 from potstill.algebra.losses import PolicyGradient
 from potstill.algebra.objective import Objective, Term
-from potstill.types import ScoredRollout
+from potstill.types import BoolArray, ScoredRollout
 
 
-def credit(batch: Sequence[ScoredRollout], objective: Objective) -> dict[str, list[float]]:
-    """Fields of Facts by name, one number a rollout; empty for an objective without reward.
+def credit(batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective) -> dict[str, list[float]]:
+    """Fields of Facts by name, one number a rollout; empty for an objective without reward. `masks`: trained tokens.
 
     Raises ValueError for a reward that is NaN. Text of others earns nothing (NaN, never read); the pass rate of its
     prompt is that of the student's answers in the same step.
@@ -35,8 +35,9 @@ def credit(batch: Sequence[ScoredRollout], objective: Objective) -> dict[str, li
         if isinstance(term.loss, PolicyGradient) and term.loss.reward != 0:
             penalised = earned
             if term.loss.kl_penalty:
-                sampled, scored = [_sampled(batch[i]) for i in own], [_teachers(batch[i]) for i in own]
-                penalised = rewards.penalised(earned, sampled, scored, kl_penalty=term.loss.kl_penalty)
+                sampled = [_sampled(batch[i], masks[i]) for i in own]
+                teachers = [_teachers(batch[i], masks[i]) for i in own]
+                penalised = rewards.penalised(earned, sampled, teachers, kl_penalty=term.loss.kl_penalty)
             centred, deviation = rewards.centred(penalised, groups)
             found["reward"] = _placed(centred.tolist(), own, len(batch))
             found["reward_deviation"] = _placed(deviation.tolist(), own, len(batch))
@@ -63,12 +64,12 @@ def _weights(
     return dict(zip(read, rewards.pass_rate_weights(rates, a=gate.a, b=gate.b).tolist(), strict=True))
 
 
-def _sampled(scored: ScoredRollout) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(scored.rollout.student_logprobs)[scored.rollout.loss_mask])
+def _sampled(scored: ScoredRollout, mask: BoolArray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(scored.rollout.student_logprobs)[mask])
 
 
-def _teachers(scored: ScoredRollout) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(aligned(scored).sampled)[scored.rollout.loss_mask])
+def _teachers(scored: ScoredRollout, mask: BoolArray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(aligned(scored).sampled)[mask])
 
 
 def _placed(values: Sequence[float], places: Sequence[int], length: int) -> list[float]:

@@ -26,6 +26,20 @@ from potstill.types import BoolArray, IntArray, Rollout, ScoredRollout, ScoreSta
 SCORES = ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy")
 
 
+def check_ids(scored: ScoredRollout, *, vocabulary: int) -> None:
+    """Every id that is looked up later is in [0, vocabulary). Raises AlignmentError naming rollout and field.
+
+    vocabulary  rows of the student's head
+    """
+    rollout, scores = scored.rollout, scored.scores
+    fields = {name: getattr(rollout, name) for name in ("prompt_ids", "completion_ids", "support_ids")}
+    fields |= {"teacher_context_ids": rollout.teacher_context_ids}
+    fields |= {"scores.topk_ids": scores.topk_ids} if scores is not None and scores.status == ScoreStatus.OK else {}
+    for name, ids in fields.items():
+        if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
+            raise AlignmentError(f"rollout {rollout.id}: {name} holds an id outside the vocabulary of {vocabulary}")
+
+
 def trainable(scored: ScoredRollout, objective: Objective, *, inside: bool) -> BoolArray:
     """[T] loss tokens that carry everything the objective reads. The others are masked, and counted by the caller.
 
@@ -123,14 +137,31 @@ def _scores(
         fields |= {"topk_ids": "topk_ids", "teacher_topk": "topk_logprobs", "topk_rest": "topk_tail"}
     if any(scored.scores is not None and scored.scores.entropy is not None for scored in batch):
         fields["teacher_entropy"] = "entropy"
+    for scored in batch:
+        _check_widths(scored, objective)
     found = {field: _gather(_column(batch, name), masks, device) for field, name in fields.items()}
     if "teacher_support" in found:
         found["support_ids"] = _gather(_own_support(batch), masks, device).long()
-        if found["support_ids"].shape != found["teacher_support"].shape:
-            raise AlignmentError("the teacher scored other ids than those that the student chose")
     if "topk_ids" in found:
         found["topk_ids"] = found["topk_ids"].long()
     return found
+
+
+def _check_widths(scored: ScoredRollout, objective: Objective) -> None:
+    """The entries of each position are those that the objective's top-k asks for, ids and log-probs alike."""
+    if scored.scores is None:
+        return
+    read: dict[type, tuple[IntArray | None, Any]] = {
+        StudentTopK: (scored.rollout.support_ids, scored.scores.ids_logprobs),
+        TeacherTopK: (scored.scores.topk_ids, scored.scores.topk_logprobs),
+    }
+    for term in objective.scored(scored.rollout.origin):
+        for values in read.get(type(term.support), ()):
+            if values is not None and values.shape[1:] != (term.support.k,):  # type: ignore[union-attr]
+                raise AlignmentError(
+                    f"rollout {scored.rollout.id} has {values.shape[1:]} entries a position, "
+                    f"objective.support.k is {term.support.k}"  # type: ignore[union-attr]
+                )
 
 
 def _column(batch: Sequence[ScoredRollout], name: str) -> list[NDArray[Any]]:
@@ -185,10 +216,16 @@ def _gather(values: Sequence[NDArray[Any]], masks: Sequence[BoolArray], device: 
     return torch.from_numpy(np.concatenate(kept)).to(device)
 
 
-def budgeted(masks: Sequence[BoolArray], objective: Objective, *, step: int) -> list[BoolArray]:
-    """The masks with what exceeds a token budget taken away (C3PO); unchanged without one."""
-    budget = next((t.aggregation for t in objective.terms.values() if isinstance(t.aggregation, TokenBudget)), None)
-    if budget is None:
-        return list(masks)
-    keep = budget_keep([int(mask.sum()) for mask in masks], tokens=budget.tokens, seed=step)
-    return [mask & (np.cumsum(mask) <= kept) for mask, kept in zip(masks, keep, strict=True)]
+def budgeted(
+    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, *, step: int
+) -> list[BoolArray]:
+    """The masks without what exceeds a token budget (C3PO); a budget is of the text that its term is over."""
+    kept = list(masks)
+    for term in objective.terms.values():
+        if isinstance(term.aggregation, TokenBudget):
+            read = [i for i, scored in enumerate(batch) if term.over in {"all", scored.rollout.origin}]
+            lengths = [int(kept[i].sum()) for i in read]
+            keep = budget_keep(lengths, tokens=term.aggregation.tokens, seed=step)
+            for place, length in zip(read, keep, strict=True):
+                kept[place] = kept[place] & (np.cumsum(kept[place]) <= length)
+    return kept

@@ -27,7 +27,7 @@ from learner.model import CausalModel, learning_rate, make_optimizer
 from learner.objective import row_loss
 from learner.packing import Packed, pack, plan_micro_batches
 from learner.schedules import Schedules
-from learner.targets import budgeted, gather, teacher_context, trainable
+from learner.targets import budgeted, check_ids, gather, teacher_context, trainable
 from potstill.config import RunConfig
 from potstill.errors import AlignmentError, NonFinite, SignalLost
 from potstill.types import BoolArray, IntArray, ScoredRollout, StepReport
@@ -49,6 +49,8 @@ class Trainer:
 
     def masks(self, batch: Batch) -> list[BoolArray]:
         """Per rollout, [T] tokens that carry everything the objective reads."""
+        for scored in batch:
+            check_ids(scored, vocabulary=len(self.student.head))
         return [trainable(s, self.config.objective, inside=self.inner.teacher is not None) for s in batch]
 
     def step(self, batch: Batch, *, step: int, denominators: Denominators) -> StepReport:
@@ -65,7 +67,7 @@ class Trainer:
                 f"step {step} holds {tokens} tokens of {sequences} sequences to train on; "
                 f"its denominators are {denominators}"
             )
-        masks = budgeted(masks, self.config.objective, step=step)
+        masks = budgeted(batch, masks, self.config.objective, step=step)
         tally = self.accumulate(batch, masks, totals(batch, masks), step=step)
         losses = {name: loss.item() for name, loss in tally.losses.items()}
         if not losses:
@@ -81,10 +83,11 @@ class Trainer:
     def accumulate(self, batch: Batch, masks: Masks, denominators: Mapping[str, Denominators], *, step: int) -> Tally:
         """Forward and backward, micro-batch by micro-batch: losses and measures of a step, or of one rank's part of it.
 
-        denominators  of the whole step, by what a term is over (see `totals`). All completions of a prompt are here.
+        denominators  of the whole step, by what a term is over (see `totals`). All completions of a prompt are here;
+                      a gate "pass_rate" scales its weights to the part it sees, so it wants the whole step.
         """
         objective = self.config.objective
-        earned = credit(batch, objective)
+        earned = credit(batch, masks, objective)
         moment = Moment(step=step, steps=self.config.loop.steps, schedule=self.schedules.values())
         tally = Tally()
         self.optimizer.zero_grad(set_to_none=True)

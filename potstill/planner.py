@@ -173,12 +173,19 @@ def _unfit_needs(config: RunConfig) -> Iterator[str]:
         yield f'method {config.method!r} needs a reward: data.verifier must not be "none"'
     if objective.reads_reward and config.rollout.samples_per_prompt < 2:
         yield f"method {config.method!r} compares completions of one prompt: rollout.samples_per_prompt = 4 or more"
-    if isinstance(teacher, ServerTeacher) and _widest(objective) > MAX_TOP_K:
-        yield f"objective.support.k is {_widest(objective)}: a teacher server sends at most {MAX_TOP_K}"
+    if isinstance(teacher, ServerTeacher):
+        yield from _unfit_widths(objective)
 
 
-def _widest(objective: Objective) -> int:
-    return max(getattr(term.support, "k", 0) for term in objective.terms.values())
+def _unfit_widths(objective: Objective) -> Iterator[str]:
+    """Of what a server is asked for once a position, for all terms."""
+    for kind in ("student_topk", "teacher_topk"):
+        supports = [term.support for term in objective.terms.values() if term.support.kind == kind]
+        widths = sorted({getattr(support, "k", 0) for support in supports})
+        if len(widths) > 1:
+            yield f'terms over "{kind}" want k = {widths}: give them the same, a server is asked once'
+        if widths and widths[-1] > MAX_TOP_K:
+            yield f"objective.support.k is {widths[-1]}: a teacher server sends at most {MAX_TOP_K}"
 
 
 def _notes(config: RunConfig) -> list[str]:

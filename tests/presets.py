@@ -109,7 +109,7 @@ def computed(
 ) -> Found:
     """Of the whole step, or of a part with its masks and the denominators of the whole."""
     masks = trainer.masks(batch) if masks is None else masks
-    masks = budgeted(masks, trainer.config.objective, step=STEP) if whole is None else masks
+    masks = budgeted(batch, masks, trainer.config.objective, step=STEP) if whole is None else masks
     tally = trainer.accumulate(batch, masks, whole or totals(batch, masks), step=STEP)
     parameters = list(trainer.student.parameters())
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from potstill.algebra.aggregations import TokenBudget
 from potstill.algebra.corrections import Clipped, Ignored
 from potstill.algebra.gates import Evidence, PassRate
 from potstill.algebra.losses import (
@@ -75,9 +74,6 @@ def disagreements(terms: Sequence[Term]) -> Iterator[str]:
     gates = {(gate.a, gate.b, gate.smoothing) for term in terms for gate in term.gates if isinstance(gate, PassRate)}
     if len(gates) > 1:
         yield 'terms with a gate "pass_rate" share it: give them the same a, b and smoothing'
-    budgets = {term.aggregation.tokens for term in terms if isinstance(term.aggregation, TokenBudget)}
-    if len(budgets) > 1:
-        yield 'terms with aggregation "token_budget" share the step: give them the same tokens'
 
 
 def _misfits_of_advantage(term: Term, loss: PolicyGradient) -> Iterator[str]:

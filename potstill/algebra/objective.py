@@ -31,7 +31,7 @@ from potstill.algebra.losses import (
     RatioK3,
     SortedL1,
 )
-from potstill.algebra.supports import Full, Sampled, Support
+from potstill.algebra.supports import Full, RandomSampling, Sampled, Support
 from potstill.algebra.targets import Taid, Target, Tempered
 from potstill.section import Ramp, Section
 
@@ -104,7 +104,8 @@ class Term(Section):
             return loss.reward == 0 and loss.extrapolation == 1 and loss.student == "current"
         rest = getattr(self.support, "rest", "")
         compared = isinstance(self.loss, DIVERGENCES) and not isinstance(self.loss, PlackettLuce | SortedL1)
-        at_rest = compared and rest != "partial" and isinstance(self.target, Tempered | None)
+        exact = rest != "partial" and not isinstance(self.support, RandomSampling)
+        at_rest = compared and exact and isinstance(self.target, Tempered | None)
         return self.reads_scores and (isinstance(self.loss, K2 | RatioK3) or at_rest)
 
     @property

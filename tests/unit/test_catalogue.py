@@ -61,7 +61,6 @@ import torch
 
 from learner.targets import budgeted, teacher_context
 from learner.trainer import Trainer, totals
-from potstill.algebra.supports import RandomSampling
 from potstill.types import ScoredRollout
 from tests.presets import (
     BY_ITSELF,
@@ -136,7 +135,7 @@ def mixed(aggregation: Mapping[str, Any], **learner: int) -> Trainer:
 def test_micro_batches_chunks_and_order_change_no_way_of_adding_up(aggregation: dict[str, Any]) -> None:
     """A budget keeps what it keeps: its masks are those of the step, made before it is split or laid out."""
     batch = make_batch()
-    masks = budgeted(mixed(aggregation).masks(batch), mixed(aggregation).config.objective, step=STEP)
+    masks = budgeted(batch, mixed(aggregation).masks(batch), mixed(aggregation).config.objective, step=STEP)
     whole = totals(batch, masks)
     expected = computed(mixed(aggregation), batch, masks, whole)
     for size, chunk in ((8, 512), (20, 1), (1000, 3)):
@@ -152,7 +151,7 @@ def test_ranks_add_up_whatever_the_aggregation_and_whoever_wrote_their_part(
 ) -> None:
     """With nine ranks each holds one completion: most lack a term's text altogether."""
     batch, trainer = make_batch(), mixed(aggregation)
-    masks = budgeted(trainer.masks(batch), trainer.config.objective, step=STEP)
+    masks = budgeted(batch, trainer.masks(batch), trainer.config.objective, step=STEP)
     whole = totals(batch, masks)
     expected = computed(trainer, batch, masks, whole)
     parts = [computed(trainer, batch[rank::ranks], masks[rank::ranks], whole) for rank in range(ranks)]
@@ -164,7 +163,7 @@ def test_a_completion_without_loss_tokens_changes_nothing(aggregation: dict[str,
     batch = make_batch()
     empty = changed(batch[0], id="p0/9", loss_mask=np.zeros_like(batch[0].rollout.loss_mask))
     without = mixed(aggregation).masks(batch)
-    kept = budgeted(without, mixed(aggregation).config.objective, step=STEP)
+    kept = budgeted(batch, without, mixed(aggregation).config.objective, step=STEP)
     whole = totals(batch, kept)
     expected = computed(mixed(aggregation), batch, kept, whole)
     assert totals([empty, *batch], [empty.rollout.loss_mask, *kept]) == whole
@@ -286,11 +285,7 @@ def untold(batch: Batch) -> Batch:
     return [changed(scored, teacher_context_ids=scored.rollout.prompt_ids) for scored in batch]
 
 
-VANISHING = [
-    name
-    for name in BY_ITSELF
-    if THERE[name].vanishes_at_teacher and not isinstance(THERE[name].support, RandomSampling)
-]
+VANISHING = [name for name in BY_ITSELF if THERE[name].vanishes_at_teacher]
 
 
 @pytest.mark.parametrize("name", VANISHING)

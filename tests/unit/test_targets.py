@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,14 @@ TEACHER_TOPK = made(support={"kind": "teacher_topk", "k": 2}, loss="jsd", over="
 FULL = PRESETS["opsd"].objective
 SFT = PRESETS["sft"].objective
 SFT_TERM = {"loss": "likelihood", "over": "others"}
+BUDGET = made(loss="likelihood", over="others", aggregation={"kind": "token_budget", "tokens": 4})
 CPU = torch.device("cpu")
+
+
+def others(id: str, length: int) -> ScoredRollout:
+    """Text that the student did not write."""
+    rollout = make_rollout(id=id, completion=[3] * length, versions=[-1] * length)
+    return ScoredRollout(rollout=rollout, scores=None)
 
 
 def gathered(batch: Sequence[ScoredRollout], masks: Sequence[Any], objective: Objective, **changes: Any) -> Facts:
@@ -93,7 +100,7 @@ def test_sampled_scores_of_another_length_are_refused() -> None:
 def test_a_support_and_scores_of_other_widths_are_refused() -> None:
     rollout = make_rollout(completion=[3], support_ids=[[3, 4]])
     scored = make_scored(rollout, ids_logprobs=[[-0.1, -2.0, -3.0]], ids_tail=[-5.0])
-    with pytest.raises(AlignmentError, match="the teacher scored other ids than those that the student chose"):
+    with pytest.raises(AlignmentError, match=r"has \(3,\) entries a position, objective.support.k is 2"):
         gathered([scored], [[True]], STUDENT_TOPK)
 
 
@@ -192,12 +199,29 @@ def test_draws_belong_to_completion_and_step_and_not_to_the_batch_they_are_in() 
 
 
 def test_a_token_budget_cuts_the_step_to_its_size_and_nothing_else_does() -> None:
+    batch = [others("a/0", 3), others("b/0", 3)]
     masks = [np.array([True, False, True]), np.array([True, True, True])]
-    budget = made(**{**SFT.model_dump(), "aggregation": {"kind": "token_budget", "tokens": 4}})
-    kept = budgeted(masks, budget, step=1)
+    kept = budgeted(batch, masks, BUDGET, step=1)
     assert sum(int(mask.sum()) for mask in kept) == 4
     assert all((after <= before).all() for before, after in zip(masks, kept, strict=True))
-    assert [m.tolist() for m in budgeted(masks, SFT, step=1)] == [m.tolist() for m in masks]
+    assert [m.tolist() for m in budgeted(batch, masks, SFT, step=1)] == [m.tolist() for m in masks]
+
+
+def test_a_budget_is_of_the_text_that_its_term_is_over() -> None:
+    batch = [ScoredRollout(rollout=make_rollout(), scores=None), others("b/0", 5)]
+    kept = budgeted(batch, [np.array([True] * 3), np.array([True] * 5)], BUDGET, step=1)
+    assert [int(mask.sum()) for mask in kept] == [3, 4]
+
+
+@pytest.mark.parametrize("field", ["prompt_ids", "completion_ids", "support_ids", "teacher_context_ids"])
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY])
+def test_an_id_outside_the_vocabulary_is_refused_by_name(field: str, wrong: int) -> None:
+    scored = random_batch([(3, 4)], vocabulary=VOCABULARY, seed=1)[0]
+    ids = getattr(scored.rollout, field).copy()
+    ids[-1] = wrong
+    spoilt = ScoredRollout(rollout=replace(scored.rollout, **{field: ids}), scores=scored.scores)
+    with pytest.raises(AlignmentError, match=f"p0/0: {field} holds an id outside the vocabulary of {VOCABULARY}"):
+        take_step(make_trainer(objective={"support": {"k": 3}}), [spoilt], 1)
 
 
 def test_a_failed_item_leaves_the_gradient_to_the_others() -> None:
