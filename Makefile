@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 EXTRA ?= cpu
+BLACK_BOX := seqkd soda gad ranked advised cross_tokenizer two_teachers
 
 # uv reads no pip settings: a wheel folder configured for pip is passed on; without one, uv's own CPU torch index is used.
 LINKS := $(or $(PIP_FIND_LINKS),$(shell python3 -m pip config get global.find-links 2>/dev/null))
@@ -11,7 +12,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart opsd test check docs bench clean
+.PHONY: help setup quickstart opsd black-box test check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +30,9 @@ quickstart: setup ## distil a student on this machine; report in runs/quickstart
 
 opsd: setup ## the same with the student as its own teacher
 	$(VENV)/bin/potstill quickstart --recipe opsd $(ARGS)
+
+black-box: setup ## teachers of which only text can be had, of another tokenizer, or several: before and after, as JSON
+	$(PYTHON) -m bench.recipes $(BLACK_BOX) --runs runs $(ARGS)
 
 test: setup ## all tests
 	$(PYTHON) -m pytest $(ARGS)

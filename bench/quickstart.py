@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import quickstart
+from orchestrator.recipe_table import RECIPES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="opd", choices=sorted(quickstart.RECIPES))
+    compared = sorted(name for name, recipe in RECIPES.items() if recipe.control is not None)
+    parser.add_argument("--recipe", default="opd", choices=compared)
     parser.add_argument("--engine", default=None, choices=["transformers", "vllm"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=None, help="where to keep the runs; default: nowhere")

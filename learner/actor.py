@@ -16,6 +16,7 @@ import ray
 
 from potstill.config import RunConfig, ScratchConfig
 from potstill.types import Receipt, ScoredRollout, StepBatch, StepReport, WeightsVersion
+from potstill.wire import Capabilities
 
 if TYPE_CHECKING:
     from learner.trainer import Trainer
@@ -30,17 +31,22 @@ class Learner:
         self._canaries, self._checkpoint, self._scratch = canaries, checkpoint, scratch
         self._trainer: Trainer | None = None
 
-    def open(self, config: RunConfig) -> WeightsVersion:
-        """Load the student and publish it as version 0. Raises ConfigError when it cannot be loaded."""
+    def open(self, config: RunConfig, met: Capabilities | None) -> WeightsVersion:
+        """Load the student and publish it as version 0. Raises ConfigError when it cannot be loaded.
+
+        met  what the teacher offers that scores from outside, where one does
+        """
         import torch
 
         from learner.model import load_student
+        from learner.sent_states import SentStates
         from learner.trainer import Trainer
 
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._trainer = Trainer(config, load_student(config.student, seed=config.seed, device=device))
+        student = load_student(config.student, seed=config.seed, device=device)
+        self._trainer = Trainer(config, student, SentStates.of(config, met, student))
         return self.publish()
 
     def create(self, folder: str, architecture: ScratchConfig, texts: list[str], seed: int) -> None:
@@ -57,6 +63,9 @@ class Learner:
 
         denominators = Denominators(num_loss_tokens=batch.num_loss_tokens, num_sequences=batch.num_sequences)
         return self.trainer.step(_fetch(batch.receipts), step=batch.step, denominators=denominators)
+
+    def validate(self, receipts: Sequence[Receipt]) -> float:
+        return self.trainer.validate(_fetch(receipts))
 
     def annotate(self, receipts: Sequence[Receipt]) -> list[list[float] | None]:
         """Per rollout, the self-teacher's log-prob of every token; None without a self-teacher."""

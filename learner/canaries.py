@@ -5,23 +5,25 @@
   scramble    does the gradient change when the teacher's scores are handed to the wrong tokens?
 
 A pipeline that collects a teacher's scores and never uses them, uses them one token off, or trains on the output of
-another template passes every shape check. It does not pass these. For methods with a teacher behind HTTP; a teacher
-inside the learner has nothing to misalign.
+another template passes every shape check. It does not pass these. For methods with a teacher behind HTTP, whether it
+sends log-probs or states; a teacher inside the learner has nothing to misalign.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learner.logprobs import id_logprobs
+from learner.logprobs import id_logprobs, upcast
 from learner.packing import pack
+from learner.sent_states import SentStates, as_bits
 from learner.supports import log_rest
 from learner.targets import aligned
 from learner.trainer import Trainer, totals
@@ -44,7 +46,8 @@ def check(trainer: Trainer, batch: Sequence[ScoredRollout]) -> dict[str, float]:
         raise SignalLost("canary: the teacher scored none of the first rollouts")
     mirrored = [_mirror(trainer, scored) for scored in batch]
     gap = _check_sampler(trainer, batch, mirrored)
-    own, gradient = _loss_and_gradient(trainer, mirrored)
+    with _own_head(trainer):
+        own, gradient = _loss_and_gradient(trainer, mirrored)
     own_norm = gradient.norm()
     if not abs(own) <= MIRROR_TOLERANCE:
         raise RunError(f"canary: the loss of the student against itself is {own:.3g} nats per token instead of 0")
@@ -69,19 +72,48 @@ def _mirror(trainer: Trainer, scored: ScoredRollout) -> ScoredRollout:
     with torch.no_grad():
         hidden = trainer.student(pack([rollout.prompt_ids], [rollout.completion_ids], [everywhere]))
     changes: dict[str, Any] = {"sampled": _logprobs(trainer, hidden, rollout.completion_ids[:, None])[:, 0].numpy()}
+    changes["chunks"] = None  # the student scores its own tokens
     if scores.topk_ids is not None:
-        kept = _logprobs(trainer, hidden, scores.topk_ids)
-        changes |= {"topk_logprobs": kept.numpy(), "topk_tail": log_rest(kept).numpy()}
+        ids = np.array([_filled(row) for row in scores.topk_ids.tolist()], dtype=np.int32)
+        kept = _logprobs(trainer, hidden, ids)
+        changes |= {"topk_ids": ids, "topk_logprobs": kept.numpy(), "topk_tail": log_rest(kept).numpy()}
     if rollout.support_ids is not None:
         kept = _logprobs(trainer, hidden, rollout.support_ids)
         changes |= {"ids_logprobs": kept.numpy(), "ids_tail": log_rest(kept).numpy()}
+    if rollout.draw_ids is not None:
+        changes["draws"] = _logprobs(trainer, hidden, rollout.draw_ids).numpy()
+    if scores.hidden is not None:
+        changes["hidden"] = as_bits(hidden)
     return ScoredRollout(rollout=rollout, scores=dataclasses.replace(scores, **changes))
+
+
+@contextlib.contextmanager
+def _own_head(trainer: Trainer) -> Iterator[None]:
+    """Meanwhile states that were sent are multiplied with the student's head: those of a mirror are the student's."""
+    teacher = trainer.teacher
+    if isinstance(teacher, SentStates):
+        trainer.teacher = SentStates(trainer.student.head)
+    try:
+        yield
+    finally:
+        trainer.teacher = teacher
+
+
+def _filled(row: Sequence[int]) -> list[int]:
+    """The ids, with others in place of those that a teacher of another tokenizer could not name (-1)."""
+    others = (token for token in range(2 * len(row)) if token not in row)
+    return [next(others) if token < 0 else token for token in row]
 
 
 def _logprobs(trainer: Trainer, hidden: Tensor, ids: IntArray) -> Tensor:
     """[T, K] log-probs of `ids`, a chunk of rows at a time."""
     columns = torch.from_numpy(ids).long().to(hidden.device)
-    return id_logprobs(hidden, trainer.student.head, columns, chunk_tokens=trainer.config.learner.chunk_tokens).cpu()
+    found = id_logprobs(
+        lambda rows: upcast(hidden[rows] @ trainer.student.head.T),
+        columns,
+        chunk_tokens=trainer.config.learner.chunk_tokens,
+    )
+    return found.detach().cpu()
 
 
 def _check_sampler(trainer: Trainer, batch: Sequence[ScoredRollout], mirrored: Sequence[ScoredRollout]) -> float:
@@ -111,7 +143,8 @@ def _scrambled(batch: Sequence[ScoredRollout]) -> list[ScoredRollout]:
     scores = [aligned(scored) for scored in batch]
     ends = np.cumsum([len(s.sampled) for s in scores])[:-1]
     changes: list[dict[str, Any]] = [{} for _ in batch]
-    for name in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy"):
+    columns = ("sampled", "draws", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail")
+    for name in (*columns, "entropy", "hidden"):
         if getattr(scores[0], name) is None:
             continue
         shifted = np.roll(np.concatenate([getattr(s, name) for s in scores]), 1, axis=0)

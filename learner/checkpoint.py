@@ -3,7 +3,7 @@
     step-000123/
       model/          what transformers and vLLM load: config, safetensors, tokenizer, chat template, README.md
       adapter/        only with LoRA: the adapter alone, for peft
-      trainer/        optimizer.safetensors, teacher.safetensors, state.json: what continues the run
+      trainer/        student, optimizer, teacher and judge as *.safetensors, state.json: what continues the run
       manifest.json   sha256 and size of every file above
 
 Written beside its place, fsynced, then renamed. No pickle: optimizer state is tensors by parameter name, and JSON.
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from learner.inner_teacher import InnerModels
+from learner.judge import Judge
+from learner.moments import load_moments, moments
 from learner.trainer import Trainer
 from potstill.errors import ConfigError
-from potstill.journal import fsync_folder, write_json
+from potstill.journal import checkpoints, fsync_folder, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,7 +61,7 @@ def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: M
 
 
 def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Put weights, optimizer, teacher, schedules and version back as they were. Returns `extra`.
+    """Put weights, optimizer, teacher, judge, schedules and version back as they were. Returns `extra`.
 
     Raises ConfigError naming the first file that is missing or damaged.
     """
@@ -69,15 +71,10 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in _trainable(trainer).items():
             parameter.copy_(weights[name])
-    moments = load_file(folder / "trainer" / "optimizer.safetensors")
-    for name, parameter in _trainable(trainer).items():
-        trainer.optimizer.state[parameter] = {
-            kind: moments[key].to(parameter.device)  # a fused AdamW keeps its step count beside the weights
-            for kind in state["moments"]
-            if (key := f"{name}/{kind}") in moments  # a parameter that never had a gradient has none
-        }
-    teacher = folder / "trainer" / "teacher.safetensors"
-    trainer.inner.load(load_file(teacher) if teacher.exists() else {})
+    load_moments(trainer.optimizer, _trainable(trainer), load_file(folder / "trainer" / "optimizer.safetensors"))
+    for name, part in _beside(trainer).items():
+        path = folder / "trainer" / f"{name}.safetensors"
+        part.load(load_file(path) if path.exists() else {})
     trainer.schedules.load(state["schedules"])
     trainer.version = state["version"]
     return dict(state["extra"])
@@ -103,7 +100,7 @@ def digest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def prune(parent: Path, *, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    for old in sorted(parent.glob("step-*"))[:-keep]:
+    for old in checkpoints(parent)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -126,18 +123,18 @@ def _write_model(trainer: Trainer, folder: Path, card: str, tokenizer: Path) -> 
 def _write_trainer(trainer: Trainer, folder: Path, extra: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
     trainable = _trainable(trainer)
-    moments: dict[str, Tensor] = {}
-    kinds: set[str] = set()
-    for name, parameter in trainable.items():
-        for kind, value in trainer.optimizer.state.get(parameter, {}).items():
-            moments[f"{name}/{kind}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-            kinds.add(kind)
     save_file({n: p.detach().cpu().contiguous() for n, p in trainable.items()}, folder / "student.safetensors")
-    save_file(moments, folder / "optimizer.safetensors")
-    if teacher := trainer.inner.state():
-        save_file(teacher, folder / "teacher.safetensors")
-    state = {"version": trainer.version, "moments": sorted(kinds), "schedules": trainer.schedules.state()}
+    save_file(moments(trainer.optimizer, trainable), folder / "optimizer.safetensors")
+    for name, part in _beside(trainer).items():
+        if kept := part.state():
+            save_file(kept, folder / f"{name}.safetensors")
+    state = {"version": trainer.version, "schedules": trainer.schedules.state()}
     write_json(folder / "state.json", {**state, "extra": dict(extra)})
+
+
+def _beside(trainer: Trainer) -> dict[str, InnerModels | Judge]:
+    """What changes with the steps beside the student, by the name of its file; there is none where nothing does."""
+    return {"teacher": trainer.inner, "judge": trainer.judge}
 
 
 def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

@@ -50,6 +50,15 @@ class Chunk:
         """The rows of a field of the facts. Raises ValueError when it is missing."""
         return known(getattr(self._facts, name), name)[self.rows]
 
+    def scored_by(self) -> dict[str, Tensor]:
+        """[C] which rows each teacher outside the learner has scored, by its name; only those that scored some."""
+        names = self._facts.teachers or ()
+        rows = self._facts.sequence[self.rows]
+        found = {
+            name: torch.tensor([one == name for one in names], device=rows.device)[rows] for name in set(names) - {""}
+        }
+        return {name: scored for name, scored in found.items() if bool(scored.any())}
+
     def where(self, kept: Tensor) -> Chunk:
         """The rows for which `kept` [C] is true; itself when that is all of them."""
         return self if bool(kept.all()) else Chunk(self.logits[kept], self.rows[kept], self._facts)

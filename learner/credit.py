@@ -12,15 +12,21 @@ import numpy as np
 import torch
 
 from learner import rewards
-from learner.targets import aligned
+from learner.judge import Judge
+from learner.nearness import Near
 from potstill.algebra.gates import PassRate
 from potstill.algebra.losses import PolicyGradient
 from potstill.algebra.objective import Objective, Term
 from potstill.types import BoolArray, ScoredRollout
 
 
-def credit(batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective) -> dict[str, list[float]]:
-    """Fields of Facts by name, one number a rollout; empty for an objective without reward. `masks`: trained tokens.
+def credit(
+    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, *, judge: Judge, near: Near
+) -> dict[str, list[float]]:
+    """Fields of Facts by name, one number a rollout; empty for an objective without reward, whose judge is not asked.
+
+    masks  trained tokens
+    near   whom the sampler shall stay near, asked only where a penalty is taken
 
     Raises ValueError for a reward that is NaN. Text of others earns nothing (NaN, never read); the pass rate of its
     prompt is that of the student's answers in the same step.
@@ -28,16 +34,17 @@ def credit(batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective
     if not objective.reads_reward:
         return {}
     own = [i for i, scored in enumerate(batch) if scored.rollout.origin != "others"]
-    earned = torch.tensor([batch[i].rollout.reward for i in own], dtype=torch.float64)
+    given = judge.rewards(batch)
     groups = [batch[i].rollout.prompt_id for i in own]
+    earned = rewards.judged(torch.tensor([given[i] for i in own], dtype=torch.float64), groups)
     found: dict[str, list[float]] = {}
     for term in objective.terms.values():
-        if isinstance(term.loss, PolicyGradient) and term.loss.reward != 0:
+        if term.rewarded:
             penalised = earned
-            if term.loss.kl_penalty:
+            if isinstance(term.loss, PolicyGradient) and term.loss.kl_penalty:
                 sampled = [_sampled(batch[i], masks[i]) for i in own]
-                teachers = [_teachers(batch[i], masks[i]) for i in own]
-                penalised = rewards.penalised(earned, sampled, teachers, kl_penalty=term.loss.kl_penalty)
+                others = near.logprobs([batch[i] for i in own], [masks[i] for i in own])
+                penalised = rewards.penalised(earned, sampled, others, kl_penalty=term.loss.kl_penalty)
             centred, deviation = rewards.centred(penalised, groups)
             found["reward"] = _placed(centred.tolist(), own, len(batch))
             found["reward_deviation"] = _placed(deviation.tolist(), own, len(batch))
@@ -49,6 +56,12 @@ def credit(batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective
                 for place, weight in _weights(batch, term, of_prompt, gate).items():
                     whole[place] = weight
     return found
+
+
+def tied(earned: Mapping[str, Sequence[float]]) -> dict[str, torch.Tensor]:
+    """A measure by its name: per judged completion, whether all of its prompt earned the same and none stands out."""
+    judged = [deviation for deviation in earned.get("reward_deviation", ()) if not math.isnan(deviation)]
+    return {"tied_fraction": torch.tensor(judged) == 0} if judged else {}
 
 
 def _weights(
@@ -66,10 +79,6 @@ def _weights(
 
 def _sampled(scored: ScoredRollout, mask: BoolArray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(scored.rollout.student_logprobs)[mask])
-
-
-def _teachers(scored: ScoredRollout, mask: BoolArray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(aligned(scored).sampled)[mask])
 
 
 def _placed(values: Sequence[float], places: Sequence[int], length: int) -> list[float]:

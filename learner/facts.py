@@ -40,13 +40,14 @@ class Facts:
     sample_ids: Tensor | None = None  # [N, M] draws of the student at each position
     sample_behaviour: Tensor | None = None  # [N, M] log-probs with which they were drawn
     sample_teacher: Tensor | None = None  # [N, M]
-    teacher_logits: Logits | None = None  # of a teacher inside the learner
+    teacher_logits: Logits | None = None  # of a teacher inside the learner, or whose states were sent
     reference_logits: Logits | None = None
     reward: Tensor | None = None  # [N] of the completion, less its group's mean
     reward_deviation: Tensor | None = None  # [N] of its group
     pass_rate_weight: Tensor | None = None  # [N] of the prompt (gate "pass_rate"), scaled over the step
     privacy: Tensor | None = None  # [N] in [0, 1]
     uniforms: Tensor | None = None  # [N, U] of [0, 1), seeded by completion and step: the loss's only randomness
+    chunks: Tensor | None = None  # [N] i64, the same for tokens that were scored together; None: each by itself
     prompts: tuple[str, ...] | None = None  # [S] ids
     domains: tuple[str, ...] | None = None  # [S]
     teachers: tuple[str, ...] | None = None  # [S] names

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from learner.facts import Facts, known
 from potstill.algebra.gates import (
+    AlignedOneToOne,
+    AlignedSpan,
     Confidence,
     EarlyWeight,
     EntropyGap,
@@ -80,6 +82,10 @@ def _factor(gate: Gate, facts: Facts, read: Tensor) -> Tensor:
             return of("pass_rate_weight")
         case Evidence(clip=clip):
             return evidence(of("teacher") - of("student"), of("reward"), clip)
+        case AlignedOneToOne():
+            return _one_to_one(facts)[read]
+        case AlignedSpan():
+            return ~_one_to_one(facts)[read]
 
 
 def top_share(entropy: Tensor, share: float) -> Tensor:
@@ -133,6 +139,13 @@ def evidence(log_ratio: Tensor, reward: Tensor, clip: float) -> Tensor:
     """
     bounded = log_ratio.clamp(-20, 20)  # a token that the teacher never writes: 0 · inf would be NaN
     return (reward.sign() * bounded).exp().clamp(1 - clip, 1 + clip)
+
+
+def _one_to_one(facts: Facts) -> Tensor:
+    """[N] whether the teacher's top-k is in the student's ids; a teacher of the same tokenizer owes it everywhere."""
+    if facts.chunks is None:
+        return torch.ones_like(facts.token_ids, dtype=torch.bool)
+    return (known(facts.topk_ids, "topk_ids") >= 0).any(-1)
 
 
 def _confidence(gate: Gate, facts: Facts, read: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ live          the current student; no memory
 trust_region  logits (1 − α)·frozen + α·live: the normalised geometric mean of the two (SDPO, arXiv 2601.20802)
 local         other models from folders, averaged where several score the same token
 
-Nothing here travels, and nothing has a gradient. What a model reads before a completion is its caller's business.
+Nothing here travels, and nothing has a gradient.
 
 Legend: S sequences, M loss tokens, V vocabulary, D states, C rows of a chunk.
 """
@@ -25,9 +25,12 @@ from learner.ensemble import average_of_logits, average_of_probabilities, routed
 from learner.facts import Logits
 from learner.logprobs import accumulator, upcast
 from learner.model import CausalModel, load_transformer
-from learner.packing import Packed
-from potstill.config import LocalModel, LocalTeacher, RunConfig, SelfTeacher
+from learner.packing import Packed, pack
+from learner.targets import teacher_context
+from potstill.config import RunConfig
+from potstill.config_teachers import LocalModel, LocalTeacher, SelfTeacher
 from potstill.errors import ConfigError
+from potstill.types import BoolArray, IntArray, Rollout, ScoredRollout
 
 See = Callable[[Packed], tuple[Tensor, Tensor]]
 """One model's view: packed sequences → states [M, D] that predict their loss tokens, and the head [V, D]."""
@@ -64,8 +67,9 @@ class InnerModels:
                 average = MovingAverage(student, decay=decay)
                 members = [Member(see=average)]
         combine = config.teacher.combine if isinstance(config.teacher, LocalTeacher) else "logits"
+        privileged = getattr(config.teacher, "privileged_template", None) is not None
         return cls(
-            teacher=InnerTeacher(members, combine=combine) if members else None,
+            teacher=InnerTeacher(members, combine=combine, privileged=privileged) if members else None,
             reference=InnerTeacher([Member(see=found())]) if config.objective.reads_reference else None,
             average=average,
         )
@@ -99,11 +103,25 @@ class Member:
 
 
 class InnerTeacher:
-    """One model, or several as one: each token is scored by every member for its prompt's domain."""
+    """One model, or several as one: each token is scored by every member for its prompt's domain.
 
-    def __init__(self, members: Sequence[Member], *, combine: str = "logits") -> None:
+    privileged  it reads a prompt of its own
+    """
+
+    def __init__(self, members: Sequence[Member], *, combine: str = "logits", privileged: bool = False) -> None:
         self._members = tuple(members)
         self._average = average_of_probabilities if combine == "probabilities" else average_of_logits
+        self._privileged = privileged
+
+    def context(self, rollout: Rollout) -> IntArray:
+        """What it reads before the completion. Raises AlignmentError where its own prompt was not rendered."""
+        return teacher_context(rollout, privileged=self._privileged)
+
+    def read(self, part: Sequence[ScoredRollout], masks: Sequence[BoolArray]) -> Logits:
+        """The logits of the rollouts' loss tokens, by row; see `logits`."""
+        rollouts = [scored.rollout for scored in part]
+        packed = pack([self.context(r) for r in rollouts], [r.completion_ids for r in rollouts], masks)
+        return self.logits(packed, domains=[r.domain for r in rollouts])
 
     @torch.no_grad()
     def logits(self, packed: Packed, *, domains: Sequence[str]) -> Logits:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from learner.facts import Logits
+
 CACHED_LOGITS = 2**18
 """Of a block on a CPU, 1 MiB in float32: what a loss makes of a block stays in a cache, and in the allocator's pool."""
+
+Number = TypeVar("Number", Tensor, int)
 
 RowLoss = Callable[[Tensor, slice], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 """(logits [C, V] in float32, rows) → (losses by term, to be added up; measures {name: [c]} of c ≤ C of the rows).
@@ -37,17 +41,21 @@ class Tally:
     counts: dict[str, int] = field(default_factory=dict)  # and how many those are
 
     def add(self, losses: Mapping[str, Tensor], measures: Mapping[str, Tensor]) -> None:
-        for name, loss in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + loss.detach().double()
-        for name, rows in measures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + rows.detach().sum(dtype=torch.float64)
-            self.counts[name] = self.counts.get(name, 0) + len(rows)
+        _add_up(self.losses, {name: loss.detach().double() for name, loss in losses.items()})
+        _add_up(self.sums, {name: rows.detach().sum(dtype=torch.float64) for name, rows in measures.items()})
+        _add_up(self.counts, {name: len(rows) for name, rows in measures.items()})
 
     def merge(self, other: Tally) -> None:
         """Add another pass, e.g. of the next micro-batch."""
-        for own, others in ((self.losses, other.losses), (self.sums, other.sums), (self.counts, other.counts)):
-            for name, value in others.items():
-                own[name] = own[name] + value if name in own else value  # type: ignore[assignment]
+        _add_up(self.losses, other.losses)
+        _add_up(self.sums, other.sums)
+        _add_up(self.counts, other.counts)
+
+
+def _add_up(totals: dict[str, Number], parts: Mapping[str, Number]) -> None:
+    """Each part joins the total of its name; the first of a name is its total."""
+    for name, part in parts.items():
+        totals[name] = totals[name] + part if name in totals else part
 
 
 def head_loss(hidden: Tensor, head: Tensor, row_loss: RowLoss, *, chunk_tokens: int) -> tuple[Tensor, Tally]:
@@ -62,12 +70,10 @@ def head_loss(hidden: Tensor, head: Tensor, row_loss: RowLoss, *, chunk_tokens: 
 
 
 @torch.no_grad()
-def id_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, *, chunk_tokens: int) -> Tensor:
-    """Log-probs [N, K] of the ids [N, K] at the states [N, D], a chunk of rows at a time. No gradient."""
-    parts = []
-    for start in range(0, len(hidden), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        parts.append(upcast(hidden[rows] @ head.T).log_softmax(-1).gather(-1, ids[rows]))
+def id_logprobs(logits: Logits, ids: Tensor, *, chunk_tokens: int) -> Tensor:
+    """Log-probs [N, K] of the ids [N, K], a chunk of rows at a time."""
+    rows = torch.arange(len(ids), device=ids.device)
+    parts = [logits(part).log_softmax(-1).gather(-1, ids[part]) for part in torch.split(rows, chunk_tokens)]
     return torch.cat(parts)
 
 

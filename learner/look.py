@@ -19,7 +19,7 @@ from learner.facts import Facts, Logits
 from learner.logprobs import upcast
 from potstill.algebra.corrections import GeometricRejection
 from potstill.algebra.gates import EarlyWeight, EntropyGap, Evidence, Opener, StudentEntropyTop, TeacherEntropyAbove
-from potstill.algebra.losses import PolicyGradient, Preference
+from potstill.algebra.losses import CHUNKED, PolicyGradient, Preference
 from potstill.algebra.objective import ESTIMATES, Objective, Term
 
 _LOOKING_GATES = (EarlyWeight, EntropyGap, Evidence, Opener, StudentEntropyTop, TeacherEntropyAbove)
@@ -59,4 +59,4 @@ def _looks(term: Term) -> bool:
         term.correction, GeometricRejection
     )
     gated = any(isinstance(gate, _LOOKING_GATES) for gate in term.gates)
-    return returns or by_sequence or gated or isinstance(term.loss, Preference)
+    return returns or by_sequence or gated or isinstance(term.loss, (Preference, *CHUNKED))

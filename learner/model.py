@@ -7,6 +7,7 @@ model's folder.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -90,9 +91,9 @@ def load_transformer(folder: str, *, dtype: torch.dtype, device: torch.device) -
     return model.to(device)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW of those that are trained, with weight decay on matrices only."""
+    trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

@@ -19,6 +19,9 @@ from learner.logprobs import RowLoss
 from learner.terms import PreparedTerm
 from potstill.algebra.objective import ESTIMATES, Objective
 
+OF_TEACHER = "reverse_kl_of_"
+"""Before a teacher's name: that measure of the rows that it scored."""
+
 
 def row_loss(
     objective: Objective, facts: Facts, *, denominators: Mapping[str, Denominators], moment: Moment
@@ -40,13 +43,14 @@ def row_loss(
             counts = weights != 0
             if bool(counts.any()):
                 losses[name] = (weights[counts] * term.loss(chunk.where(counts))).sum()
-        return losses, _measured(objective, chunk.where(terms["main"].weights[rows] != 0), moment)
+        main = terms["main"]
+        return losses, _measured(objective, main, chunk.where(main.weights[rows] != 0), moment)
 
     return loss
 
 
 @torch.no_grad()
-def _measured(objective: Objective, chunk: Chunk, moment: Moment) -> Mapping[str, Tensor]:
+def _measured(objective: Objective, main: PreparedTerm, chunk: Chunk, moment: Moment) -> Mapping[str, Tensor]:
     """What is worth watching of the rows that the main term reads, in nats; some rows each, no denominators."""
     if len(chunk.rows) == 0:
         return {}
@@ -56,8 +60,13 @@ def _measured(objective: Objective, chunk: Chunk, moment: Moment) -> Mapping[str
         metrics["reverse_kl"] = divergences.reverse_kl(logq, logp)
         if getattr(objective.support, "rest", "") == "tail":
             metrics["captured_mass"] = 1 - logq[..., -1].exp()
+    elif main.credit is not None:
+        metrics["reverse_kl"] = -main.credit[chunk.rows]
     elif isinstance(objective.loss, ESTIMATES) and getattr(objective.loss, "distil", 1.0) != 0:
         metrics["reverse_kl"] = chunk.written - chunk.fact(objective.against)
+    if "reverse_kl" in metrics:
+        kl = metrics["reverse_kl"]
+        metrics |= {f"{OF_TEACHER}{name}": kl[scored] for name, scored in chunk.scored_by().items()}
     if objective.needs_sampler:
         metrics["ratio_mean"] = (chunk.written - chunk.fact("behaviour")).exp()
     return metrics

@@ -21,6 +21,7 @@ from potstill.algebra.supports import (
     StudentTopK,
     Support,
     TeacherTopK,
+    TopK,
     UnionTopK,
 )
 
@@ -47,15 +48,16 @@ def _compared(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
         return both[0].log_softmax(-1), both[1].log_softmax(-1)
     if isinstance(support, Nucleus | RandomSampling):
         return _drawn(support, chunk, chunk.other_logits(term.against).log_softmax(-1))
-    ids, kept, rest, absent = _top_k(term, chunk)
+    ids, kept, rest, absent = _top_k(term, chunk)  # refuses what is no top-k
+    assert isinstance(support, TopK)
     kept = kept.masked_fill(absent, -torch.inf)
-    if support.rest == "renorm":  # type: ignore[union-attr]
+    if support.rest == "renorm":
         logits = chunk.logits.gather(-1, ids).masked_fill(absent, -torch.inf)
         if term.target is not None:
             logits, kept = tempering.apply_over(term.target, logits, kept)
         return _scaled(logits), _scaled(kept)
     own = chunk.logq.gather(-1, ids).masked_fill(absent, -torch.inf)
-    if support.rest == "partial":  # type: ignore[union-attr]
+    if support.rest == "partial":
         return own, kept
     return supports.with_bucket(own, supports.log_rest(own)), supports.with_bucket(kept, rest)
 
@@ -88,7 +90,7 @@ def _top_k(term: Term, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         }.get(type(term.support))
         if names is not None:
             ids, kept, rest = (chunk.fact(name) for name in names)
-            return ids, kept, rest, torch.zeros_like(ids, dtype=torch.bool)
+            return ids.clamp(min=0), kept, rest, ids < 0  # -1: an entry that has no id of the student's
     logp = chunk.other_logits(term.against).log_softmax(-1)
     ids, absent = _ids(term.support, chunk.logq.detach(), logp)
     kept = logp.gather(-1, ids)
@@ -119,7 +121,7 @@ def teacher_order(term: Term, chunk: Chunk, logp: Tensor, *, gold_first: bool) -
     gold_first puts the written token at the head of its row. Raises ValueError where it is not in the support.
     """
     ranked = logp
-    if getattr(term.support, "rest", "") == "tail":
+    if isinstance(term.support, TopK) and term.support.rest == "tail":
         ranked = torch.cat([logp[:, :-1], torch.full_like(logp[:, -1:], -torch.inf)], dim=-1)
     if gold_first:
         ranked = ranked.masked_fill(_is_written(term, chunk, logp), torch.inf)
@@ -131,7 +133,8 @@ def _is_written(term: Term, chunk: Chunk, logp: Tensor) -> Tensor:
     written = chunk.fact("token_ids").unsqueeze(-1)
     if isinstance(term.support, Full):
         return torch.arange(logp.shape[-1], device=logp.device) == written
-    ids = _top_k(term, chunk)[0]
-    if not bool((ids == written).any(-1).all()):
+    ids, _, _, absent = _top_k(term, chunk)
+    found = (ids == written) & ~absent
+    if not bool(found.any(-1).all()):
         raise ValueError("loss.gold_first: a written token is outside the support; use a larger k, or support = full")
-    return torch.nn.functional.pad(ids == written, (0, logp.shape[-1] - ids.shape[-1]))
+    return torch.nn.functional.pad(found, (0, logp.shape[-1] - ids.shape[-1]))

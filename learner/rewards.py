@@ -25,7 +25,7 @@ def centred(rewards: Tensor, groups: Sequence[str]) -> tuple[Tensor, Tensor]:
     >>> advantages.tolist(), deviation.tolist()
     ([0.5, -0.5, 0.0], [0.5, 0.5, 0.0])
     """
-    exact = _judged(rewards, groups)
+    exact = judged(rewards, groups)
     sizes = _group_sums(torch.ones_like(exact), groups)
     advantages = exact - _group_sums(exact, groups) / sizes
     return advantages, (_group_sums(advantages**2, groups) / sizes).sqrt()
@@ -40,7 +40,7 @@ def pass_rates(rewards: Tensor, groups: Sequence[str], *, smoothing: float) -> T
     >>> pass_rates(torch.tensor([1.0, 0.5, 1.0]), ["a", "a", "b"], smoothing=0).tolist()
     [0.5, 0.5, 1.0]
     """
-    right = (_judged(rewards, groups) >= 1).double()
+    right = (judged(rewards, groups) >= 1).double()
     sizes = _group_sums(torch.ones_like(right), groups)
     return (_group_sums(right, groups) + smoothing) / (sizes + 2 * smoothing)
 
@@ -87,8 +87,11 @@ def penalised(
     return torch.tensor(found, dtype=torch.float64, device=rewards.device)
 
 
-def _judged(rewards: Tensor, groups: Sequence[str]) -> Tensor:
-    """The rewards in float64, in which a group of equal rewards is less its mean exactly 0."""
+def judged(rewards: Tensor, groups: Sequence[str]) -> Tensor:
+    """The rewards in float64, in which a group of equal rewards is less its mean exactly 0.
+
+    Raises ValueError for a reward that is not finite.
+    """
     for index, (reward, group) in enumerate(zip(rewards.tolist(), groups, strict=True)):
         if not math.isfinite(reward):
             raise ValueError(f"completion {index} of prompt {group!r} has reward {reward}; was it judged?")

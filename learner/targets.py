@@ -19,11 +19,15 @@ from learner.facts import ORIGINS, Facts
 from potstill.algebra.aggregations import TokenBudget
 from potstill.algebra.gates import Confidence
 from potstill.algebra.objective import Objective
-from potstill.algebra.supports import RandomSampling, StudentTopK, TeacherTopK
+from potstill.algebra.supports import RandomSampling, Samples, StudentTopK, TeacherTopK
+from potstill.byte_alignment import whole_chunks
 from potstill.errors import AlignmentError
 from potstill.types import BoolArray, IntArray, Rollout, ScoredRollout, ScoreStatus, TeacherScores
 
-SCORES = ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy")
+SCORES = (
+    *("sampled", "draws", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy", "chunks"),
+    "hidden",
+)
 
 
 def check_ids(scored: ScoredRollout, *, vocabulary: int) -> None:
@@ -33,8 +37,10 @@ def check_ids(scored: ScoredRollout, *, vocabulary: int) -> None:
     """
     rollout, scores = scored.rollout, scored.scores
     fields = {name: getattr(rollout, name) for name in ("prompt_ids", "completion_ids", "support_ids")}
-    fields |= {"teacher_context_ids": rollout.teacher_context_ids}
-    fields |= {"scores.topk_ids": scores.topk_ids} if scores is not None and scores.status == ScoreStatus.OK else {}
+    fields |= {"teacher_context_ids": rollout.teacher_context_ids, "draw_ids": rollout.draw_ids}
+    if scores is not None and scores.status == ScoreStatus.OK and scores.topk_ids is not None:
+        own = scores.topk_ids
+        fields["scores.topk_ids"] = own if scores.chunks is None else own[own != -1]  # -1: no such id of the student's
     for name, ids in fields.items():
         if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
             raise AlignmentError(f"rollout {rollout.id}: {name} holds an id outside the vocabulary of {vocabulary}")
@@ -57,7 +63,23 @@ def trainable(scored: ScoredRollout, objective: Objective, *, inside: bool) -> B
     if not inside and objective.scored(own):
         scores = aligned(scored)
         mask &= np.isfinite(scores.sampled) if scores.status == ScoreStatus.OK else False
+        mask = mask if scores.chunks is None else whole_chunks(scores.chunks, mask)
     return mask
+
+
+def budgeted(
+    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, *, step: int
+) -> list[BoolArray]:
+    """The masks without what exceeds a token budget (C3PO); a budget is of the text that its term is over."""
+    kept = list(masks)
+    for term in objective.terms.values():
+        if isinstance(term.aggregation, TokenBudget):
+            read = [i for i, scored in enumerate(batch) if term.over in {"all", scored.rollout.origin}]
+            lengths = [int(kept[i].sum()) for i in read]
+            keep = budget_keep(lengths, tokens=term.aggregation.tokens, seed=step)
+            for place, length in zip(read, keep, strict=True):
+                kept[place] = kept[place] & (np.cumsum(kept[place]) <= length)
+    return kept
 
 
 def aligned(scored: ScoredRollout) -> TeacherScores:
@@ -98,6 +120,7 @@ def gather(
 ) -> Facts:
     """Facts of the batch's loss tokens, in packed order; what the models know (look.py, logits) comes later.
 
+    inside   every logit of the teacher is at hand: nothing else that it says is read
     rewards  by name of a field of Facts, one number a rollout: what rewards.py made of the whole step
     """
     rollouts = [scored.rollout for scored in batch]
@@ -105,7 +128,10 @@ def gather(
     fields: dict[str, Any] = {name: _spread(values, lengths, device) for name, values in rewards.items()}
     if any(term.needs_sampler for term in objective.terms.values()):
         fields["behaviour"] = _gather([r.student_logprobs for r in rollouts], masks, device)
-    if not inside and objective.tier > 0:
+    if _read_draws(rollouts, objective):
+        fields["sample_ids"] = _gather(_own(rollouts, "draw_ids"), masks, device).long()
+        fields["sample_behaviour"] = _gather(_own(rollouts, "draw_logprobs"), masks, device)
+    if not inside and any(objective.scored(rollout.origin) for rollout in rollouts):
         fields |= _scores(batch, masks, objective, device)
     if draws := _draws(objective):
         uniforms = [_uniforms(r, draws, step) for r in rollouts]
@@ -131,6 +157,8 @@ def _scores(
     terms = [term for term in objective.terms.values() if term.reads_scores]
     supports = [term.support for term in terms]
     sure = any(isinstance(gate, Confidence) for term in terms for gate in term.gates)
+    if _read_draws([scored.rollout for scored in batch], objective):
+        fields["sample_teacher"] = "draws"
     if any(isinstance(support, StudentTopK) for support in supports):
         fields |= {"teacher_support": "ids_logprobs", "teacher_rest": "ids_tail"}
     if sure or any(isinstance(support, TeacherTopK) for support in supports):
@@ -141,27 +169,56 @@ def _scores(
         _check_widths(scored, objective)
     found = {field: _gather(_column(batch, name), masks, device) for field, name in fields.items()}
     if "teacher_support" in found:
-        found["support_ids"] = _gather(_own_support(batch), masks, device).long()
+        found["support_ids"] = _gather(_own([s.rollout for s in batch], "support_ids"), masks, device).long()
     if "topk_ids" in found:
         found["topk_ids"] = found["topk_ids"].long()
+    if any(scored.scores is not None and scored.scores.chunks is not None for scored in batch):
+        found["chunks"] = _chunks(batch, masks, objective, device)
     return found
 
 
+def _read_draws(rollouts: Sequence[Rollout], objective: Objective) -> bool:
+    """Whether a term is of draws that were made beside one of these texts."""
+    origins = {"all", *(rollout.origin for rollout in rollouts)}
+    return any(isinstance(term.support, Samples) and term.over in origins for term in objective.terms.values())
+
+
+def _chunks(
+    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, device: torch.device
+) -> Tensor:
+    """[N] chunks, numbered over the batch; a token of a completion that has none is one."""
+    if not objective.crosses_tokenizers:
+        raise AlignmentError(
+            "the teacher has another tokenizer and scored several tokens at once, which the objective does not read; "
+            'use a loss "chunk_credit" or "chunk_likelihood"'
+        )
+    found: list[NDArray[np.int64]] = []
+    num_chunks = 0
+    for scored, mask in zip(batch, masks, strict=True):
+        own = np.arange(len(mask)) if scored.scores is None or scored.scores.chunks is None else scored.scores.chunks
+        names, numbers = np.unique(own[mask], return_inverse=True)
+        found.append(numbers + num_chunks)
+        num_chunks += len(names)
+    return torch.from_numpy(np.concatenate(found)).to(device)
+
+
 def _check_widths(scored: ScoredRollout, objective: Objective) -> None:
-    """The entries of each position are those that the objective's top-k asks for, ids and log-probs alike."""
-    if scored.scores is None:
+    """A position has the entries that a top-k asks for, for a confidence one at least; ids and log-probs alike."""
+    rollout, scores = scored.rollout, scored.scores
+    if scores is None:
         return
-    read: dict[type, tuple[IntArray | None, Any]] = {
-        StudentTopK: (scored.rollout.support_ids, scored.scores.ids_logprobs),
-        TeacherTopK: (scored.scores.topk_ids, scored.scores.topk_logprobs),
-    }
-    for term in objective.scored(scored.rollout.origin):
-        for values in read.get(type(term.support), ()):
-            if values is not None and values.shape[1:] != (term.support.k,):  # type: ignore[union-attr]
-                raise AlignmentError(
-                    f"rollout {scored.rollout.id} has {values.shape[1:]} entries a position, "
-                    f"objective.support.k is {term.support.k}"  # type: ignore[union-attr]
-                )
+    students = [values.shape[1:] for values in (rollout.support_ids, scores.ids_logprobs) if values is not None]
+    teachers = [values.shape[1:] for values in (scores.topk_ids, scores.topk_logprobs) if values is not None]
+    for term in objective.scored(rollout.origin):
+        support = term.support
+        if isinstance(support, StudentTopK | TeacherTopK):
+            for width in students if isinstance(support, StudentTopK) else teachers:
+                if width != (support.k,):
+                    raise AlignmentError(
+                        f"rollout {rollout.id} has {width} entries a position, objective.support.k is {support.k}"
+                    )
+        if any(isinstance(gate, Confidence) for gate in term.gates) and not {(), (0,)}.isdisjoint(teachers):
+            raise AlignmentError(f'rollout {rollout.id} has no entry of the teacher\'s top-k for gate "confidence"')
 
 
 def _column(batch: Sequence[ScoredRollout], name: str) -> list[NDArray[Any]]:
@@ -177,16 +234,15 @@ def _column(batch: Sequence[ScoredRollout], name: str) -> list[NDArray[Any]]:
     ]
 
 
-def _own_support(batch: Sequence[ScoredRollout]) -> list[IntArray]:
-    """The ids that the student chose when it wrote; 0 for text that it did not write."""
-    like = next((s.rollout.support_ids for s in batch if s.rollout.support_ids is not None), None)
+def _own(rollouts: Sequence[Rollout], name: str) -> list[NDArray[Any]]:
+    """What the student kept when it wrote; 0 for text that it did not write, which no term reads."""
+    known = [getattr(rollout, name) for rollout in rollouts]
+    like = next((value for value in known if value is not None), None)
     if like is None:
-        raise AlignmentError("no rollout carries support_ids: the student's top-k was not kept when it wrote")
+        raise AlignmentError(f"no rollout carries {name}: they were not kept when the student wrote")
     return [
-        np.zeros((len(s.rollout.completion_ids), like.shape[1]), like.dtype)
-        if s.rollout.support_ids is None
-        else s.rollout.support_ids
-        for s in batch
+        np.zeros((len(rollout.completion_ids), like.shape[1]), like.dtype) if value is None else value
+        for rollout, value in zip(rollouts, known, strict=True)
     ]
 
 
@@ -214,18 +270,3 @@ def _spread(values: Sequence[float], lengths: Sequence[int], device: torch.devic
 def _gather(values: Sequence[NDArray[Any]], masks: Sequence[BoolArray], device: torch.device) -> Tensor:
     kept = [value[mask] for value, mask in zip(values, masks, strict=True)]
     return torch.from_numpy(np.concatenate(kept)).to(device)
-
-
-def budgeted(
-    batch: Sequence[ScoredRollout], masks: Sequence[BoolArray], objective: Objective, *, step: int
-) -> list[BoolArray]:
-    """The masks without what exceeds a token budget (C3PO); a budget is of the text that its term is over."""
-    kept = list(masks)
-    for term in objective.terms.values():
-        if isinstance(term.aggregation, TokenBudget):
-            read = [i for i, scored in enumerate(batch) if term.over in {"all", scored.rollout.origin}]
-            lengths = [int(kept[i].sum()) for i in read]
-            keep = budget_keep(lengths, tokens=term.aggregation.tokens, seed=step)
-            for place, length in zip(read, keep, strict=True):
-                kept[place] = kept[place] & (np.cumsum(kept[place]) <= length)
-    return kept

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from learner import divergences, estimators, outcomes, pairs, rankings
+from learner import divergences, estimators, outcomes, pairs, rankings, spans
 from learner.aggregation import Denominators, token_weights
 from learner.chunk import Chunk
 from learner.corrections import sequence_factor, token_factor
@@ -24,9 +24,12 @@ from potstill.algebra.losses import (
     JSD,
     K2,
     BalancedKL,
+    ChunkCredit,
+    ChunkLikelihood,
     Entropy,
     ForwardKL,
     Likelihood,
+    Loss,
     PlackettLuce,
     PolicyGradient,
     Preference,
@@ -43,7 +46,7 @@ from potstill.errors import NonFinite
 
 
 class PreparedTerm:
-    """`weights` [N] are final; rows where they are 0 are never given to `loss`."""
+    """`weights` [N] are final; rows where they are 0 are never given to `loss`. `credit` [N]: of a "chunk_credit"."""
 
     def __init__(
         self, name: str, term: Term, facts: Facts, *, denominators: Mapping[str, Denominators], moment: Moment
@@ -55,7 +58,8 @@ class PreparedTerm:
         self._read = read_by(term.over, facts.origin)
         self.weights = self._weights(denominators)
         self._future = estimators.future_advantage(term.loss, facts) if isinstance(term.loss, PolicyGradient) else None
-        self._pairs = pairs.preference(facts, beta=term.loss.beta) if isinstance(term.loss, Preference) else None
+        self._whole = _linearised(term.loss, facts)
+        self.credit = spans.credit(facts) if isinstance(term.loss, ChunkCredit) else None
 
     def _weights(self, denominators: Mapping[str, Denominators]) -> Tensor:
         term, facts = self._term, self._facts
@@ -87,9 +91,13 @@ class PreparedTerm:
                 return self._corrected(chunk, estimators.negative_log_likelihood(chunk.written))
             case Entropy():
                 return divergences.entropy(chunk.logq)
-            case Preference():
-                assert self._pairs is not None
-                return self._pairs.loss(chunk.written, chunk.rows)
+            case Preference() | ChunkLikelihood():
+                assert self._whole is not None
+                return self._whole.loss(chunk.written, chunk.rows)
+            case ChunkCredit(clamp=clamp):
+                assert self.credit is not None
+                advantage = self.credit[chunk.rows].clamp(-clamp, clamp)
+                return self._corrected(chunk, estimators.policy_gradient(chunk.written, advantage), advantage)
             case PolicyGradient():
                 return self._policy_gradient(chunk)
             case K2():
@@ -132,7 +140,7 @@ class PreparedTerm:
                 raise ValueError(f"support.m is {term.support.m}, but facts.sample_ids has {ids.shape[-1]} draws")
             return estimators.sampled_actions(
                 chunk.logq.gather(-1, ids),
-                chunk.fact("sample_teacher"),
+                self._of_draws(chunk, ids),
                 chunk.fact("sample_behaviour"),
                 scale=term.loss.distil,
                 factor=lambda ratio, advantage: token_factor(term.correction, ratio, advantage),
@@ -143,6 +151,12 @@ class PreparedTerm:
             advantage = own + self._future[chunk.rows]
         return self._corrected(chunk, estimators.policy_gradient(chunk.written, advantage), advantage)
 
+    def _of_draws(self, chunk: Chunk, ids: Tensor) -> Tensor:
+        """[C, M] the teacher's log-probs of the draws."""
+        if chunk.has_logits("teacher"):
+            return chunk.other_logits("teacher").log_softmax(-1).gather(-1, ids)
+        return chunk.fact("sample_teacher")
+
     def _other(self, chunk: Chunk) -> Tensor:
         return chunk.fact(self._term.against)
 
@@ -151,3 +165,13 @@ class PreparedTerm:
             return loss
         log_ratio = (chunk.written - chunk.fact("behaviour")).detach()
         return token_factor(self._term.correction, log_ratio, advantage) * loss
+
+
+def _linearised(loss: Loss, facts: Facts) -> pairs.Linearised | None:
+    """A loss of several tokens at once, at the current weights."""
+    match loss:
+        case Preference():
+            return pairs.preference(facts, loss)
+        case ChunkLikelihood(temperature=temperature):
+            return spans.likelihood(facts, temperature=temperature)
+    return None

@@ -19,31 +19,40 @@ import torch
 from learner import look
 from learner.aggregation import Denominators, subsets
 from learner.chunk import ReadAhead
-from learner.credit import credit
+from learner.credit import credit, tied
 from learner.facts import Facts, Moment
-from learner.inner_teacher import InnerModels
-from learner.logprobs import Tally, head_loss
+from learner.inner_teacher import InnerModels, InnerTeacher
+from learner.judge import judge_of
+from learner.logprobs import Tally, head_loss, id_logprobs
 from learner.model import CausalModel, learning_rate, make_optimizer
-from learner.objective import row_loss
-from learner.packing import Packed, pack, plan_micro_batches
+from learner.nearness import near_of
+from learner.objective import OF_TEACHER, row_loss
+from learner.packing import pack, plan_micro_batches
 from learner.schedules import Schedules
-from learner.targets import budgeted, check_ids, gather, teacher_context, trainable
+from learner.sent_states import SentStates
+from learner.targets import budgeted, check_ids, gather, trainable
 from potstill.config import RunConfig
 from potstill.errors import AlignmentError, NonFinite, SignalLost
-from potstill.types import BoolArray, IntArray, ScoredRollout, StepReport
+from potstill.types import BoolArray, ScoredRollout, StepReport
 
 Batch = Sequence[ScoredRollout]
 Masks = Sequence[BoolArray]
 
 
 class Trainer:
-    """The student, its optimizer and, where the method wants them, models beside it and schedules."""
+    """The student, its optimizer and, where the method wants them, models beside it and schedules.
 
-    def __init__(self, config: RunConfig, student: CausalModel) -> None:
+    sent  the teacher where it is a server that sends its states
+    """
+
+    def __init__(self, config: RunConfig, student: CausalModel, sent: SentStates | None = None) -> None:
         self.config = config
         self.student = student.eval()  # without dropout: the sampler has none, and a step must be reproducible
-        self.optimizer = make_optimizer(student, config.optim)
+        self.optimizer = make_optimizer(student.parameters(), config.optim)
         self.inner = InnerModels.beside(student, config)
+        self.teacher: SentStates | InnerTeacher | None = sent or self.inner.teacher  # whose every logit is at hand
+        self.judge = judge_of(student, config)
+        self.near = near_of(student, self.teacher, config)
         self.schedules = Schedules(config.objective, steps=config.loop.steps)
         self.version = 0
 
@@ -67,18 +76,37 @@ class Trainer:
                 f"step {step} holds {tokens} tokens of {sequences} sequences to train on; "
                 f"its denominators are {denominators}"
             )
-        masks = budgeted(batch, masks, self.config.objective, step=step)
-        tally = self.accumulate(batch, masks, totals(batch, masks), step=step)
+        tally = self._whole(batch, masks, step=step)
         losses = {name: loss.item() for name, loss in tally.losses.items()}
-        if not losses:
-            raise SignalLost(f"step {step}: every token counts for nothing; what closed the objective's gates?")
         loss = sum(losses.values())
+        learnt = self.judge.learn(batch)
         grad_norm = self._move(step, loss)
         self.schedules.observe(step, losses)
-        metrics = {name: total.item() / tally.counts[name] for name, total in tally.sums.items()}
+        metrics = _means(tally)
         metrics |= {f"loss_{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
         metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        metrics |= learnt
         return StepReport(step=step, metrics=metrics, seconds={"train": time.perf_counter() - started})
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> float:
+        """The objective on text that nothing is learnt from; in nats a token where it averages over tokens.
+
+        What changes with the step is as in the step that comes next. Raises NonFinite when the loss is.
+        """
+        tally = self._whole(batch, self.masks(batch), step=self.version + 1)
+        loss = sum(loss.item() for loss in tally.losses.values())
+        if not math.isfinite(loss):
+            raise NonFinite(f"after step {self.version} the loss of the held-out text is {loss}")
+        return loss
+
+    def _whole(self, batch: Batch, masks: Masks, *, step: int) -> Tally:
+        """What a whole step adds up to, within its budget. Raises SignalLost when no token counts."""
+        masks = budgeted(batch, masks, self.config.objective, step=step)
+        tally = self.accumulate(batch, masks, totals(batch, masks), step=step)
+        if not tally.losses:
+            raise SignalLost(f"step {step}: every token counts for nothing; what closed the objective's gates?")
+        return tally
 
     def accumulate(self, batch: Batch, masks: Masks, denominators: Mapping[str, Denominators], *, step: int) -> Tally:
         """Forward and backward, micro-batch by micro-batch: losses and measures of a step, or of one rank's part of it.
@@ -87,9 +115,10 @@ class Trainer:
                       a gate "pass_rate" scales its weights to the part it sees, so it wants the whole step.
         """
         objective = self.config.objective
-        earned = credit(batch, masks, objective)
+        earned = credit(batch, masks, objective, judge=self.judge, near=self.near)
         moment = Moment(step=step, steps=self.config.loop.steps, schedule=self.schedules.values())
         tally = Tally()
+        tally.add({}, tied(earned))
         self.optimizer.zero_grad(set_to_none=True)
         for indices in self._micro_batches(batch):
             kept = [i for i in sorted(indices) if masks[i].any()]
@@ -97,7 +126,8 @@ class Trainer:
                 continue
             part, own = [batch[i] for i in kept], [masks[i] for i in kept]
             rewards = {name: [values[i] for i in kept] for name, values in earned.items()}
-            hidden = self.student(_packed(part, own, [scored.rollout.prompt_ids for scored in part]))
+            rollouts = [scored.rollout for scored in part]
+            hidden = self.student(pack([r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts], own))
             facts = self._facts(part, own, hidden, step=step, rewards=rewards)
             loss, found = head_loss(
                 hidden,
@@ -117,39 +147,24 @@ class Trainer:
             return None
         rollout = scored.rollout
         everywhere = np.ones_like(rollout.loss_mask)
-        packed = _packed([scored], [everywhere], [self._teachers_prompt(scored)])
-        logits = teacher.logits(packed, domains=[rollout.domain])
-        rows = torch.arange(len(everywhere), device=self.student.head.device)
-        written = torch.from_numpy(rollout.completion_ids).long().to(rows.device)
-        found = [
-            logits(part).log_softmax(-1).gather(-1, written[part, None]).squeeze(-1)
-            for part in rows.split(self.config.learner.chunk_tokens)
-        ]
-        return [float(value) for value in torch.cat(found)]
+        written = torch.from_numpy(rollout.completion_ids[:, None]).long().to(self.student.head.device)
+        logits = teacher.read([scored], [everywhere])
+        found: list[float] = id_logprobs(logits, written, chunk_tokens=self.config.learner.chunk_tokens)[:, 0].tolist()
+        return found
 
     def _facts(
         self, part: Batch, masks: Masks, hidden: torch.Tensor, *, step: int, rewards: Mapping[str, Sequence[float]]
     ) -> Facts:
         """All that is known before the loss: what travelled, what the models beside the student say, and a look."""
-        objective, inner = self.config.objective, self.inner
-        facts = gather(
-            part,
-            masks,
-            objective,
-            device=hidden.device,
-            step=step,
-            inside=inner.teacher is not None,
-            rewards=rewards,
-        )
-        domains = [scored.rollout.domain for scored in part]
+        objective, teacher, reference = self.config.objective, self.teacher, self.inner.reference
+        inside = teacher is not None
+        facts = gather(part, masks, objective, device=hidden.device, step=step, inside=inside, rewards=rewards)
         ahead = partial(ReadAhead, num_rows=len(facts.token_ids), window=self.config.learner.chunk_tokens)
-        if inner.teacher is not None:
-            packed = _packed(part, masks, [self._teachers_prompt(scored) for scored in part])
-            facts = dataclasses.replace(facts, teacher_logits=ahead(inner.teacher.logits(packed, domains=domains)))
-        if inner.reference is not None:
-            packed = _packed(part, masks, [scored.rollout.prompt_ids for scored in part])
-            facts = dataclasses.replace(facts, reference_logits=ahead(inner.reference.logits(packed, domains=domains)))
-        if look.needed(objective, inside=inner.teacher is not None):
+        if teacher is not None:
+            facts = dataclasses.replace(facts, teacher_logits=ahead(teacher.read(part, masks)))
+        if reference is not None:
+            facts = dataclasses.replace(facts, reference_logits=ahead(reference.read(part, masks)))
+        if look.needed(objective, inside=inside):
             facts = look.look(facts, hidden, self.student.head, chunk_tokens=self.config.learner.chunk_tokens)
         return facts
 
@@ -180,21 +195,20 @@ class Trainer:
         plan = plan_micro_batches(lengths, max_tokens=self.config.learner.micro_batch_tokens)
         return [[i for group in part for i in members[group]] for part in plan]
 
-    def _teachers_prompt(self, scored: ScoredRollout) -> IntArray:
-        template = getattr(self.config.teacher, "privileged_template", None)
-        return teacher_context(scored.rollout, privileged=template is not None)
-
     def _num_tokens(self, scored: ScoredRollout) -> int:
         """Packed tokens of the longer of the two views, which are in memory together."""
-        rollout = scored.rollout
-        views = [rollout.prompt_ids] + ([self._teachers_prompt(scored)] if self.inner.teacher is not None else [])
+        rollout, teacher = scored.rollout, self.inner.teacher
+        views = [rollout.prompt_ids] + ([] if teacher is None else [teacher.context(rollout)])
         return max(len(view) for view in views) + len(rollout.completion_ids) - 1
+
+
+def _means(tally: Tally) -> dict[str, float]:
+    """The measures of the step; those of one teacher are left out where it scored everything."""
+    means = {name: total.item() / tally.counts[name] for name, total in tally.sums.items()}
+    by_teacher = [name for name in means if name.startswith(OF_TEACHER)]
+    return {name: mean for name, mean in means.items() if len(by_teacher) > 1 or name not in by_teacher}
 
 
 def totals(batch: Batch, masks: Masks) -> dict[str, Denominators]:
     """Denominators of a step by what a term is over."""
     return subsets([int(mask.sum()) for mask in masks], [scored.rollout.origin for scored in batch])
-
-
-def _packed(part: Batch, masks: Masks, contexts: Sequence[IntArray]) -> Packed:
-    return pack(contexts, [scored.rollout.completion_ids for scored in part], masks)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from potstill import __version__
 from potstill.config import RunConfig
 from potstill.methods import PRESETS
+
+_NOT_SHOWN: dict[str, Any] = {
+    "privileged_template": True,
+    "instruction": True,
+    "ranking": True,
+    "advisor": {"instruction"},
+}
+"""Of [teacher]: what is said to a teacher alone, which a card would publish with the weights."""
 
 
 def model_card(config: RunConfig, *, step: int, tokens_trained: int, accuracy: Mapping[str, float]) -> str:
@@ -26,7 +35,7 @@ def model_card(config: RunConfig, *, step: int, tokens_trained: int, accuracy: M
     rows = {
         "Method": f"`{config.method}`: {PRESETS[config.method].phrase} ({PRESETS[config.method].source})",
         "Student at the start": f"`{config.student.model}`",
-        "Teacher": f"`{config.teacher.model_dump_json(exclude_defaults=False)}`",
+        "Teacher": f"`{config.teacher.model_dump_json(exclude=_NOT_SHOWN)}`",
         "Data": f"`{config.data.model_dump_json()}`",
         "Trained": f"{step} steps, {tokens_trained:,} tokens, seed {config.seed}",
         "Held-out accuracy": measured,

@@ -1,19 +1,23 @@
-"""What a run does beside its steps, and when: canaries, evaluations, samples, checkpoints.
+"""What a run does beside its steps, and when: canaries, evaluations, validations, samples, checkpoints.
 
 Each chore owns the rule of when it is due, so that the loop needs none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from orchestrator.card import model_card
 from orchestrator.crew import Crew
+from orchestrator.offpolicy import Kept, OffPolicy
 from orchestrator.recorder import Recorder, share_right
-from potstill.config import RunConfig, ServerTeacher
+from potstill.config import RunConfig
+from potstill.config_teachers import OpenAITeacher, ServerTeacher
 from potstill.environments import Environment
 from potstill.journal import Journal
-from potstill.types import Prompt, StepBatch
+from potstill.types import Prompt, Receipt, StepBatch
 
 SAMPLED_STEPS = 5  # steps of a run whose first rollouts are kept as samples
 SAMPLES_PER_STEP = 4
@@ -21,26 +25,42 @@ SAMPLES_PER_STEP = 4
 
 class Chores:
     def __init__(
-        self, config: RunConfig, *, crew: Crew, journal: Journal, recorder: Recorder, data: Environment
+        self,
+        config: RunConfig,
+        *,
+        crew: Crew,
+        journal: Journal,
+        recorder: Recorder,
+        data: Environment,
+        offpolicy: OffPolicy | None,
     ) -> None:
         self._config = config
         self._crew = crew
         self._journal = journal
         self._recorder = recorder
+        self._data = data
+        self._offpolicy = offpolicy
         self._held_out = data.held_out(config.eval.items)
+        self._solutions: list[Receipt] = []  # held-out ones, on which a run with a schedule of texts is validated
         self.accuracy: dict[str, float] = {}
 
     async def before(self) -> None:
-        """The student as it is, and the teacher where a rollout worker holds it."""
+        """The student as it is, and the teacher where a rollout worker holds it; one that is paid is not examined."""
         await self._evaluate("before", self._held_out)
-        if "teacher" in {self._config.rollout.source, self._config.rollout.beside}:
+        held = not isinstance(self._config.teacher, OpenAITeacher)
+        if held and "teacher" in {self._config.rollout.source, self._config.rollout.beside}:
             await self._evaluate("teacher", self._held_out)
+        if self._offpolicy is not None:
+            held_out = self._data.held_out(self._offpolicy.config.validate_items)
+            given = [dataclasses.replace(prompt, text="given") for prompt in held_out]
+            self._solutions = [receipt for group in await self._crew.rollout(0, given) for receipt in group]
+            await self._validate(self._offpolicy)
 
     async def canaries(self, batch: StepBatch) -> None:
         """On the first batch, where a teacher behind HTTP scores what the student wrote."""
         if batch.step > 1 or not self._scored_over_http:
             return
-        found = await self._crew.check(batch)
+        found: dict[str, Any] = await self._crew.check(batch)
         self._journal.event("canaries.passed", "teacher, sampler and learner agree on what they score", **found)
 
     async def after_step(self, batch: StepBatch) -> None:
@@ -50,6 +70,8 @@ class Chores:
             await self._sample(batch)
         if self._config.eval.every and step % self._config.eval.every == 0 and step < self._config.loop.steps:
             await self._evaluate("between", self._held_out[: self._config.eval.items_between])
+        if self._offpolicy is not None:
+            await self._schedule(self._offpolicy, batch)
         if self._config.checkpoint.every and step % self._config.checkpoint.every == 0:
             await self._save()
 
@@ -60,7 +82,7 @@ class Chores:
     async def _evaluate(self, stage: str, prompts: Sequence[Prompt]) -> None:
         if not prompts:
             return
-        verdicts = await self._crew.evaluate(prompts, "writer" if stage == "teacher" else "student")
+        verdicts = await self._crew.evaluate(prompts, "teacher" if stage == "teacher" else "student")
         rewards = [reward for verdict in verdicts for reward in verdict.rewards]
         accuracy = share_right(rewards)
         self.accuracy[stage] = accuracy
@@ -76,6 +98,26 @@ class Chores:
             truncated=sum(verdict.num_truncated for verdict in verdicts),
         )
 
+    async def _schedule(self, offpolicy: OffPolicy, batch: StepBatch) -> None:
+        """What the schedule of texts learns from a step, before the step that it then decides can be granted."""
+        if batch.step % offpolicy.config.validate_every == 0:
+            await self._validate(offpolicy)
+        written = [receipt for receipt in batch.receipts if receipt.oldest_version >= 0]
+        prompts = [receipt.index // self._config.rollout.samples_per_prompt for receipt in written]
+        texts = await self._crew.completions(written)
+        offpolicy.trained(batch.step, [Kept(prompt=p, ids=tuple(ids)) for p, ids in zip(prompts, texts, strict=True)])
+
+    async def _validate(self, offpolicy: OffPolicy) -> None:
+        loss = await self._crew.validate(self._solutions)
+        offpolicy.validated(loss)
+        self._journal.event(
+            "validation.finished",
+            f"loss {loss:.4f} on {len(self._solutions)} held-out solutions; {offpolicy.share:.0%} student's text ahead",
+            step=self._recorder.steps_done,
+            loss=loss,
+            share=offpolicy.share,
+        )
+
     async def _sample(self, batch: StepBatch) -> None:
         for record in await self._crew.describe(batch.receipts[:SAMPLES_PER_STEP]):
             self._journal.sample({"step": batch.step, **record})
@@ -87,12 +129,15 @@ class Chores:
             return
         folder.parent.mkdir(exist_ok=True)
         card = model_card(self._config, step=step, tokens_trained=self._recorder.tokens_trained, accuracy=self.accuracy)
-        await self._crew.save(folder, card=card, extra={"tokens_trained": self._recorder.tokens_trained})
+        extra: dict[str, Any] = {"tokens_trained": self._recorder.tokens_trained}
+        extra |= {} if self._offpolicy is None else {"offpolicy": self._offpolicy.state()}
+        await self._crew.save(folder, card=card, extra=extra)
         self._journal.event("checkpoint.saved", f"checkpoint of step {step}", step=step, path=str(folder))
 
     @property
     def _scored_over_http(self) -> bool:
         """Whether the loss is of what a teacher behind HTTP said of the student's text, and 0 where they agree."""
-        alone = self._config.rollout.source == "student" and self._config.rollout.beside == "none"
+        rollout = self._config.rollout
+        alone = rollout.source == "student" and rollout.beside == "none" and rollout.adaptive is None
         only_teacher = all(term.vanishes_at_teacher for term in self._config.objective.terms.values())
         return alone and only_teacher and isinstance(self._config.teacher, ServerTeacher)

@@ -21,7 +21,7 @@ CANARY_ROLLOUTS = 4
 
 
 class Crew:
-    """One learner and its rollout workers, opened for one run, and the teacher that it started. Made by launch.py."""
+    """One learner and its rollout workers, opened for one run, and the teachers that it started. Made by launch.py."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class Crew:
         learner: Any,
         workers: Sequence[Any],
         version: WeightsVersion,
-        teacher: Child | None,
+        teachers: Sequence[Child],
     ) -> None:
         self._config = config
         self._learner = learner
         self._workers = workers
-        self._teacher = teacher
+        self._teachers = teachers
         self._learner_version = version.version
         self._loaded_version = version.version
 
@@ -54,9 +54,8 @@ class Crew:
         return groups
 
     async def teacher_lost(self) -> None:
-        """Raises WorkerLost when the run's own teacher dies, which workers would take for one that is slow."""
-        if self._teacher is not None:
-            await self._teacher.died()
+        """Raises WorkerLost when a teacher that the run started dies, which workers would take for one that is slow."""
+        await asyncio.gather(*(child.died() for child in self._teachers))
 
     async def check(self, batch: StepBatch) -> dict[str, float]:
         found: dict[str, float] = await outcome("learner", self._learner.check.remote(batch, CANARY_ROLLOUTS))
@@ -69,11 +68,11 @@ class Crew:
 
     async def publish(self) -> int:
         """The learner's version, loaded by every worker where the student itself writes; returns the version."""
-        if self._config.rollout.source == "student":
+        if self._config.rollout.source in {"student", "handoff"}:
             await self._load()
         return self._learner_version
 
-    async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "writer"]) -> list[Any]:
+    async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "teacher"]) -> list[Any]:
         """Verdicts of each worker on its part of the prompts; the student with the learner's newest weights."""
         await self._load()
         parts = [prompts[w :: len(self._workers)] for w in range(len(self._workers))]
@@ -88,6 +87,21 @@ class Crew:
             for token, logprob in zip(record["tokens"], annotation or (), strict=annotation is not None):
                 token["teacher_logprob"] = logprob
         return records
+
+    async def completions(self, receipts: Sequence[Receipt]) -> list[list[int]]:
+        """Token ids, for texts that are to be learnt again."""
+        found: list[list[int]] = await outcome("rollout worker", self._workers[0].completions.remote(receipts))
+        return found
+
+    async def validate(self, receipts: Sequence[Receipt]) -> float:
+        """The objective on these rollouts, of the learner's newest weights; nothing is learnt from them."""
+        loss: float = await outcome("learner", self._learner.validate.remote(receipts))
+        return loss
+
+    async def spent(self) -> dict[str, dict[str, Any]]:
+        """By worker, what a paid teacher was asked and what it cost; empty where nobody is paid."""
+        found = await asyncio.gather(*[outcome("rollout worker", worker.spent.remote()) for worker in self._workers])
+        return {f"worker-{number}": totals for number, totals in enumerate(found) if totals}
 
     async def save(self, folder: Path, *, card: str, extra: dict[str, Any]) -> None:
         saving = self._learner.save.remote(

@@ -134,6 +134,7 @@ def facts(report: Record) -> list[tuple[str, str]]:
         ("reverse KL, last step", reverse_kl.show_with_unit(number(report, "reverse_kl_last"))),
         ("weights version", _whole(number(report, "weights_version"))),
         ("peak memory", _gibibytes(number(report, "peak_rss_bytes"))),
+        *_paid(report),
     ]
 
 
@@ -159,6 +160,19 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _paid(report: Record) -> list[tuple[str, str]]:
+    """What each teacher that is paid has cost; nothing where nobody is."""
+    found = report.get("teacher_spent")
+    rows = []
+    for name, spent in found.items() if isinstance(found, Mapping) else ():
+        read, written, asked, kept = (
+            _whole(number(spent, count)) for count in ("tokens_in", "tokens_out", "answers_asked", "answers_kept")
+        )
+        value = f"{spent.get('cost_usd', MISSING)} USD, {read} tokens read, {written} written"
+        rows.append((f"paid for the {name}", f"{value}; {asked} answers asked for, {kept} known before"))
+    return rows
 
 
 def _progress(config: Record, metrics: Sequence[Record]) -> str:

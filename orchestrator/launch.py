@@ -1,7 +1,7 @@
 """The composition root: a RunConfig becomes processes. The only file that imports other rooms, inside functions.
 
 A `Site` is a connection to Ray with a learner and rollout workers; it is opened for one run after another, so that
-several runs in a row (a recipe's phases) pay for starting processes once. A teacher server is a process beside it.
+several runs in a row (a recipe's phases) pay for starting processes once. Teachers are teachers.py's.
 """
 
 from __future__ import annotations
@@ -9,36 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import signal
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.crew import Crew, outcome
-from potstill.algebra.objective import Tier
-from potstill.config import RunConfig, ScratchConfig, ServerTeacher
-from potstill.errors import ConfigError
-from potstill.processes import Child, start
-from potstill.teacher_client import TeacherClient
-from potstill.types import TeacherIdentity
+from orchestrator.teachers import Faculty
+from potstill.config import RunConfig, ScratchConfig
+from potstill.teachers.opening import ALLOWED
 
-TEACHER_START_S = 120.0
 OBJECT_STORE_BYTES = 512 << 20  # of a local Ray: weights in flight and scored rollouts of a laptop's run
-ACTOR_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherAddress:
-    """Where a teacher server answers, who answered there, and its process where the run started one itself."""
-
-    url: str
-    key: str
-    identity: TeacherIdentity
-    context_length: int
-    process: Child | None
+ACTOR_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    **{name: os.environ[name] for name in (ALLOWED,) if name in os.environ},
+}
 
 
 class Site:
@@ -48,12 +36,12 @@ class Site:
         self._learner = learner
         self._workers = workers
 
-    async def open(self, config: RunConfig, teacher: TeacherAddress | None) -> Crew:
+    async def open(self, config: RunConfig, faculty: Faculty) -> Crew:
         """Have every process load what the run needs. Raises ConfigError when one of them cannot."""
-        address = None if teacher is None else (teacher.url, teacher.key, teacher.identity)
-        opening = [w.open.remote(config, _max_model_len(config), address) for w in self._workers]
+        accesses, met = faculty.accesses, faculty.met
+        opening = [w.open.remote(config, accesses, met, number) for number, w in enumerate(self._workers)]
         version, *_ = await asyncio.gather(
-            outcome("learner", self._learner.open.remote(config)),
+            outcome("learner", self._learner.open.remote(config, met)),
             *[outcome("rollout worker", worker) for worker in opening],
         )
         return Crew(
@@ -61,7 +49,7 @@ class Site:
             learner=self._learner,
             workers=self._workers,
             version=version,
-            teacher=None if teacher is None else teacher.process,
+            teachers=faculty.processes,
         )
 
     async def create(self, folder: Path, architecture: ScratchConfig, *, texts: list[str], seed: int) -> None:
@@ -81,48 +69,10 @@ async def site(config: RunConfig) -> AsyncIterator[Site]:
     _take_back_sigterm()
     try:
         learner = _actor(Learner, config.learner.threads)
-        threads = config.rollout.threads
-        workers = [_actor(RolloutWorker, threads, threads) for _ in range(config.rollout.workers)]
+        workers = [_actor(RolloutWorker, config.rollout.threads) for _ in range(config.rollout.workers)]
         yield Site(learner, workers)
     finally:
         await asyncio.to_thread(ray.shutdown)
-
-
-@contextlib.asynccontextmanager
-async def teacher(config: RunConfig, log: Path) -> AsyncIterator[TeacherAddress | None]:
-    """The server that scores this run: the one that is named, one started here, or none where none is needed."""
-    if not isinstance(config.teacher, ServerTeacher) or config.objective.tier is Tier.TEXT:
-        yield None
-        return
-    if config.teacher.url is not None and config.teacher.secret_ref is not None:
-        yield await _meet(config.teacher.url, _secret(config.teacher.secret_ref), config.teacher, None)
-        return
-    child, key = await _serve(config.teacher, log)
-    try:
-        yield await _meet(child.ready["url"], key, config.teacher, child)
-    finally:
-        await child.stop()
-
-
-async def _serve(config: ServerTeacher, log: Path) -> tuple[Child, str]:
-    assert config.model is not None, "ServerTeacher has a url or a model"
-    key = secrets.token_urlsafe(32)
-    arguments = [config.model, "--port", "0", "--key-env", "POTSTILL_TEACHER_KEY", "--exit-with-parent"]
-    arguments += ["--threads", str(config.threads)]
-    env = {**ACTOR_ENV, "POTSTILL_TEACHER_KEY": key, "OMP_NUM_THREADS": str(config.threads)}
-    child = await start("teacher server", "teacher_server", arguments, log=log, env=env, timeout_s=TEACHER_START_S)
-    return child, key
-
-
-async def _meet(url: str, key: str, config: ServerTeacher, process: Child | None) -> TeacherAddress:
-    client = TeacherClient(url, key=key, deadline_s=config.deadline_s, concurrency=1)
-    try:
-        found = await client.capabilities()
-    finally:
-        await client.aclose()
-    return TeacherAddress(
-        url=url, key=key, identity=found.identity, context_length=found.context_length, process=process
-    )
 
 
 def _connect() -> None:
@@ -148,25 +98,8 @@ def _take_back_sigterm() -> None:
         signal.siginterrupt(signal.SIGTERM, False)
 
 
-def _actor(cls: type, threads: int, *arguments: Any) -> Any:
+def _actor(cls: type, threads: int) -> Any:
     import ray
 
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads)}}}
-    return ray.remote(cls).options(**options).remote(*arguments)
-
-
-def _max_model_len(config: RunConfig) -> int:
-    return config.rollout.max_prompt_tokens + config.rollout.sampling.max_new_tokens
-
-
-def _secret(reference: str) -> str:
-    """The value behind env:NAME or file:PATH. Raises ConfigError naming the reference, never the value."""
-    kind, _, name = reference.partition(":")
-    if kind == "env":
-        if name not in os.environ:
-            raise ConfigError(f"teacher.secret_ref: the environment has no variable {name}")
-        return os.environ[name]
-    try:
-        return Path(name).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"teacher.secret_ref: {name} cannot be read: {error.strerror}") from None
+    return ray.remote(cls).options(**options).remote()

@@ -1,11 +1,10 @@
 """`potstill quickstart`: a recipe is a few runs in a row, on the same processes, each a shipped config.
 
-  opd    scratch teacher ─► teacher (sft) ─┐
-         scratch student ─► warm (sft) ────┼─► opd ──► sft_control (from the same warm student, as many tokens)
-  opsd   scratch student ─► hint (sft) ────┴─► opsd ─► sft_control (on what the hinted student writes)
+    preparations, in the order of their needs ─► distil ─► control
 
 Preparations are cached by the content of everything that decides them; the distillation and its control never are.
 Each phase is an ordinary run, and `potstill run deploy/recipes/…` runs it alone; one that ends badly leaves its page.
+Which runs make up a recipe is in recipe_table.py; nothing here knows a recipe by its name.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.chat_endpoint import answering
 from orchestrator.footprint import Footprint
 from orchestrator.foreground import until_done
-from orchestrator.launch import Site, site
+from orchestrator.launch import ACTOR_ENV, Site, site
+from orchestrator.recipe_table import PREPARATIONS, RECIPES, Phase, Recipe
 from orchestrator.report import page_of_a_bad_ending, write_report
 from orchestrator.run import execute, last_checkpoint
 from potstill import __version__, recipes
@@ -33,37 +33,10 @@ from potstill.display import Display, make_display
 from potstill.environments import open_environment
 from potstill.errors import ConfigError
 from potstill.journal import Journal, Status, write_json
+from potstill.metrics import METRICS, number
 
 TOKENIZER_PROMPTS = 512  # training prompts whose text the tokenizer is trained on
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Which shipped configs, in which order. `prepared` maps a config to the scratch model that it starts from."""
-
-    prepared: Mapping[str, str]  # recipe file → table of models.toml
-    student: str  # the preparation that the distillation starts from
-    teacher: str | None  # the preparation that teaches; None: the student itself
-    distil: str
-    control: str
-
-
-RECIPES = {
-    "opd": Recipe(
-        prepared={"teacher": "teacher", "warm_student": "student"},
-        student="warm_student",
-        teacher="teacher",
-        distil="opd",
-        control="sft_control",
-    ),
-    "opsd": Recipe(
-        prepared={"hint_student": "hint_student"},
-        student="hint_student",
-        teacher=None,
-        distil="opsd",
-        control="opsd_sft_control",
-    ),
-}
+UNDECIDED = "unknown"  # in place of what a recipe has yet to make
 
 
 def run(name: str, *, engine: str | None, seed: int, runs: Path, quiet: bool) -> dict[str, Any]:
@@ -73,7 +46,7 @@ def run(name: str, *, engine: str | None, seed: int, runs: Path, quiet: bool) ->
     recipe = RECIPES[name]
     folder = runs / ("quickstart" if name == "opd" else f"quickstart-{name}")
     _move_aside(folder)
-    phases = dict.fromkeys([*recipe.prepared, recipe.distil, recipe.control])
+    phases = dict.fromkeys([*recipe.prepared, *(phase.config for phase in recipe.runs)])
     with make_display(
         None, f"potstill quickstart: {name}", file=sys.stderr if quiet else sys.stdout, phases=phases
     ) as display:
@@ -84,6 +57,15 @@ def run(name: str, *, engine: str | None, seed: int, runs: Path, quiet: bool) ->
     write_json(folder / "report.json", report)
     write_report(folder)
     return report
+
+
+def filled(phase: Phase, *, folders: Mapping[str, Path], urls: Mapping[str, str]) -> Iterator[str]:
+    """The changes that a phase's config needs, when its preparations left these folders and answer at these URLs."""
+    for setting, name in phase.models.items():
+        yield f"{setting}={last_checkpoint(folders[name])}"
+    for table, name in phase.apis.items():
+        yield f"{table}.url={urls[name]}"
+        yield f"{table}.answers={folders[name] / 'answers.sqlite'}"  # another model's would be other answers
 
 
 class Quickstart:
@@ -98,76 +80,103 @@ class Quickstart:
         self._cache = runs / "cache"
         self._display = display
         self._changes = changes  # to every phase alike
+        self._folders: dict[str, Path] = {}  # of the preparations that are made
+        self._urls: dict[str, str] = {}  # of those that answer
+        self._answering = contextlib.AsyncExitStack()
 
     async def run(self) -> dict[str, Any]:
         """All phases; the report of the distillation with those of its preparations and control folded in."""
         started = time.perf_counter()
-        first = self._config(self._recipe.distil, ["student.model=unknown", *self._teacher("unknown")])
         with Footprint() as footprint:
-            async with site(first) as opened:
-                models = {}
-                for phase, scratch in self._recipe.prepared.items():
-                    models[phase] = await self._prepare(opened, phase, scratch)
-                report = await self._distil(opened, models)
+            async with site(self._undecided(self._recipe.distil)) as opened, self._answering:
+                for name in self._recipe.prepared:
+                    self._folders[name] = await self._prepare(opened, name)
+                report = await self._distil(opened)
         report["peak_rss_bytes"] = footprint.peak_bytes
         report["seconds_recipe"] = time.perf_counter() - started
         return report
 
-    async def _distil(self, opened: Site, models: Mapping[str, Path]) -> dict[str, Any]:
+    async def _distil(self, opened: Site) -> dict[str, Any]:
         recipe = self._recipe
-        where = [f"student.model={models[recipe.student]}"]
-        where += self._teacher(str(models[recipe.teacher])) if recipe.teacher else []
-        main = self._config(recipe.distil, [*where, f"name={self._folder.name}", f"runs={self._folder.parent}"])
-        report = await self._phase(opened, recipe.distil, main)
-        budget = f"loop.max_train_tokens={report['tokens_trained']}"
-        control = self._config(recipe.control, [*where, budget, "name=sft_control", f"runs={self._folder}"])
-        with page_of_a_bad_ending(self._folder):  # the distillation stands without its control
-            against = await self._phase(opened, recipe.control, control)
-        report["sft_control"] = {
-            key: against[key] for key in ("student_after", "tokens_trained", "steps", "seconds_total")
-        }
-        report["teacher"] = against["teacher"]
+        where = [f"name={self._folder.name}", f"runs={self._folder.parent}"]
+        report = await self._phase(opened, recipe.distil.config, recipe.distil, where)
+        report["prepared"] = {name: _accuracy(folder) for name, folder in self._folders.items()}
+        if recipe.teacher is not None:
+            report["teacher"] = report["prepared"][recipe.teacher]
+        if recipe.control is not None:
+            budget = f"loop.max_train_tokens={report['tokens_trained']}"
+            with page_of_a_bad_ending(self._folder):  # the distillation stands without its control
+                where = [budget, "name=sft_control", f"runs={self._folder}"]
+                against = await self._phase(opened, recipe.control.config, recipe.control, where)
+            report["sft_control"] = {
+                key: against[key] for key in ("student_after", "tokens_trained", "steps", "seconds_total")
+            }
+            report["teacher"] = against["teacher"] if recipe.teacher is None else report["teacher"]
         return report
 
-    async def _prepare(self, opened: Site, phase: str, scratch: str) -> Path:
-        """The model folder that the phase makes, from the cache when everything that decides it is the same."""
-        architecture = ScratchConfig.model_validate(read_mapping(recipes.folder() / "models.toml")[scratch])
-        undecided = self._config(phase, ["student.model=unknown", f"runs={self._cache}"])
-        key = _key(architecture.model_dump_json(), undecided.model_dump_json())
-        folder = self._cache / f"{phase}-{key}"
+    async def _prepare(self, opened: Site, name: str) -> Path:
+        """The folder of the run that makes it, from the cache when everything that decides it is the same."""
+        phase, key = PREPARATIONS[name], self._key(name)
+        folder = self._cache / f"{name}-{key}"
         if not _succeeded(folder):
-            start = self._cache / f"scratch-{key}"
             shutil.rmtree(folder, ignore_errors=True)
-            await opened.create(start, architecture, texts=_texts(undecided), seed=undecided.seed)
-            changes = [f"student.model={start}", f"name={folder.name}", f"runs={self._cache}"]
-            await self._phase(opened, phase, self._config(phase, changes))
-        return last_checkpoint(folder)
+            where = [f"name={folder.name}", f"runs={self._cache}"]
+            if phase.scratch is not None:
+                start, undecided = self._cache / f"scratch-{key}", self._undecided(phase)
+                texts = _texts(undecided)
+                await opened.create(start, _architecture(phase.scratch), texts=texts, seed=undecided.seed)
+                where.append(f"student.model={start}")
+            await self._phase(opened, name, phase, where)
+        return folder
 
-    async def _phase(self, opened: Site, phase: str, config: RunConfig) -> dict[str, Any]:
-        self._display.begin(phase, config.loop.steps)
+    async def _phase(self, opened: Site, title: str, phase: Phase, where: Sequence[str]) -> dict[str, Any]:
+        for name in phase.apis.values():
+            if name not in self._urls:
+                self._urls[name] = await self._answer(self._folders[name])
+        config = self._config(phase, [*filled(phase, folders=self._folders, urls=self._urls), *where])
+        self._display.begin(title, config.loop.steps)
         journal = Journal(Path(config.runs) / config.name)
         with page_of_a_bad_ending(journal.folder), contextlib.closing(journal):
             journal.listen(self._display)
             return await execute(config, opened, journal)
 
-    def _config(self, recipe: str, changes: list[str]) -> RunConfig:
-        seed = [] if recipe == self._recipe.teacher else [f"seed={self._seed}"]
-        return load(recipes.folder() / f"{recipe}.toml", [*seed, *self._changes, *changes])
+    async def _answer(self, folder: Path) -> str:
+        """The URL at which the model of a preparation answers until this recipe ends."""
+        endpoint = answering(last_checkpoint(folder), log=folder / "answering.log", environment=ACTOR_ENV)
+        return await self._answering.enter_async_context(endpoint)
 
-    def _teacher(self, model: str) -> list[str]:
-        return [f"teacher.model={model}"] if self._recipe.teacher else []
+    def _key(self, name: str) -> str:
+        phase = PREPARATIONS[name]
+        undecided = self._undecided(phase).model_copy(update={"runs": str(self._cache)})
+        made_from = "" if phase.scratch is None else _architecture(phase.scratch).model_dump_json()
+        return _digest(made_from, undecided.model_dump_json(), *map(self._key, phase.needs))
+
+    def _undecided(self, phase: Phase) -> RunConfig:
+        """With everything but what other phases bring."""
+        settings = ["student.model", *phase.models, *(f"{table}.url" for table in phase.apis)]
+        return self._config(phase, [f"{setting}={UNDECIDED}" for setting in settings])
+
+    def _config(self, phase: Phase, changes: Sequence[str]) -> RunConfig:
+        seed = self._seed if phase.seed is None else phase.seed
+        changes = [f"seed={seed}", *phase.changes, *self._changes, *changes]
+        return load(recipes.folder() / f"{phase.config}.toml", changes)
 
 
 def summary(report: Mapping[str, Any], runs: Path) -> str:
     """Three lines for the terminal."""
-    control = report["sft_control"]
+    control = number(report.get("sft_control") or {}, "student_after")
+    against = "" if control is None else f"   sft control {control:.1%}"
     return (
         f"student {report['student_before']:.1%} -> {report['student_after']:.1%}"
-        f"   sft control {control['student_after']:.1%}   teacher {report['teacher']:.1%}\n"
+        f"{against}   teacher {METRICS['accuracy'].show(number(report, 'teacher'))}\n"
         f"{report['tokens_trained']:,} tokens trained in {report['seconds_total']:.0f} s; everything took"
         f" {report['seconds_recipe']:.0f} s and at most {report['peak_rss_bytes'] / 2**30:.1f} GiB\n"
         f"report: {runs / report['run_id'] / 'report.html'}"
     )
+
+
+def _architecture(table: str) -> ScratchConfig:
+    return ScratchConfig.model_validate(read_mapping(recipes.folder() / "models.toml")[table])
 
 
 def _texts(config: RunConfig) -> list[str]:
@@ -177,13 +186,18 @@ def _texts(config: RunConfig) -> list[str]:
     return [f"user\n{message.content}\nassistant\n" for prompt in prompts for message in prompt.messages]
 
 
-def _key(*parts: str) -> str:
+def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join([__version__, *parts]).encode()).hexdigest()[:12]
 
 
 def _succeeded(folder: Path) -> bool:
     status = folder / "status.json"
     return status.exists() and json.loads(status.read_text())["status"] == Status.SUCCEEDED.value
+
+
+def _accuracy(folder: Path) -> float | None:
+    """Of what a run made, where it was measured."""
+    return number(json.loads((folder / "report.json").read_text()), "student_after")
 
 
 def _move_aside(folder: Path) -> None:

@@ -17,14 +17,17 @@ from typing import Any
 from orchestrator.buffer import Buffer
 from orchestrator.chores import Chores
 from orchestrator.footprint import Footprint
-from orchestrator.launch import Site, teacher
+from orchestrator.launch import ACTOR_ENV, Site
 from orchestrator.loop import distil
+from orchestrator.offpolicy import OffPolicy
 from orchestrator.prompts import PromptStream
 from orchestrator.recorder import Recorder
+from orchestrator.spending import in_all
+from orchestrator.teachers import Faculty, teachers
 from potstill.config import RunConfig
 from potstill.environments import open_environment
 from potstill.errors import NonFinite, PotstillError, RunError
-from potstill.journal import Journal, Status, write_json
+from potstill.journal import Journal, Status, checkpoints, write_json
 from potstill.planner import plan
 
 KL_WINDOW_SHARE = 20  # reverse_kl_first and _last are means over this share of the steps: one step is noisy
@@ -59,18 +62,37 @@ async def _executed(config: RunConfig, site: Site, journal: Journal) -> dict[str
     write_json(journal.folder / "plan.json", plan(config).as_dict())
     environment = open_environment(config.data)
     with Footprint() as footprint:
-        async with teacher(config, journal.folder / "teacher.log") as address:
-            crew = await site.open(config, address)
+        async with teachers(config, journal.folder, ACTOR_ENV) as faculty:
+            _introduce(journal, faculty)
+            crew = await site.open(config, faculty)
             journal.status(Status.RUNNING)
             journal.event("run.started", f"{config.method} on {config.data.kind}", steps=config.loop.steps)
             recorder = Recorder(journal=journal, config=config.loop)
-            chores = Chores(config, crew=crew, journal=journal, recorder=recorder, data=environment)
+            offpolicy = OffPolicy.of(config)
+            chores = Chores(
+                config, crew=crew, journal=journal, recorder=recorder, data=environment, offpolicy=offpolicy
+            )
+            prompts = PromptStream(
+                environment,
+                seed=config.seed,
+                prompts_per_step=config.rollout.prompts_per_step,
+                offpolicy=offpolicy,
+            )
             await chores.before()
-            await distil(crew, PromptStream(environment, seed=config.seed), _buffer(config), recorder, chores)
+            await distil(crew, prompts, _buffer(config), recorder, chores)
             await chores.after()
-    report = _report(config, recorder, chores, peak=footprint.peak_bytes, seconds=time.perf_counter() - started)
+            spent = in_all(await crew.spent())
+    seconds = time.perf_counter() - started
+    report = _report(config, recorder, chores, spent, peak=footprint.peak_bytes, seconds=seconds)
     write_json(journal.folder / "report.json", report)
     return report
+
+
+def _introduce(journal: Journal, faculty: Faculty) -> None:
+    """What was found of the teachers that were there before the run."""
+    for name, found in faculty.probed.items():
+        level = "warn" if found.notes else "info"
+        journal.event("teacher.met", found.headline, level=level, name=name, **found.as_event())
 
 
 def _buffer(config: RunConfig) -> Buffer:
@@ -83,7 +105,15 @@ def _buffer(config: RunConfig) -> Buffer:
     )
 
 
-def _report(config: RunConfig, recorder: Recorder, chores: Chores, *, peak: int, seconds: float) -> dict[str, Any]:
+def _report(
+    config: RunConfig,
+    recorder: Recorder,
+    chores: Chores,
+    spent: Mapping[str, Any],
+    *,
+    peak: int,
+    seconds: float,
+) -> dict[str, Any]:
     """DESIGN §8. What was not measured is NaN here and null on disk."""
     stages = dict(recorder.seconds)
     window = max(1, len(recorder.reverse_kl) // KL_WINDOW_SHARE)
@@ -105,6 +135,7 @@ def _report(config: RunConfig, recorder: Recorder, chores: Chores, *, peak: int,
         "reverse_kl_last": statistics.fmean(recorder.reverse_kl[-window:] or [math.nan]),
         "weights_version": recorder.steps_done,
         "peak_rss_bytes": peak,
+        **({"teacher_spent": dict(spent)} if spent else {}),
     }
 
 
@@ -121,7 +152,7 @@ def _failed(journal: Journal, error: PotstillError) -> None:
 
 def last_checkpoint(folder: Path) -> Path:
     """The newest checkpoint's model folder. Raises RunError when the run left none."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
+    found = checkpoints(folder / "checkpoints")
     if not found:
         raise RunError(f"{folder} holds no checkpoint")
     return found[-1] / "model"

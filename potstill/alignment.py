@@ -6,7 +6,10 @@ whose status is not OK loses whatever numbers came with it: all of them become N
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from potstill.errors import AlignmentError
 from potstill.types import FloatArray, IntArray, ScoreStatus, TeacherIdentity, TeacherScores
@@ -15,6 +18,11 @@ from potstill.wire import ScoreItem, ScoreRequest, ScoreResponse, unscored
 MAX_LOGPROB = 1e-4  # rounding may lift a probability of 1 this far
 MASS_TOLERANCE = 1e-3
 SAME_TOKEN_TOLERANCE = 1e-3  # nats between two columns that speak of the same token
+_HALF_EXPONENT = 0x7F80  # all of these bits: infinite or NaN
+_ASKED = (
+    *("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy"),
+    *("drawn_ids", "drawn_logprobs", "hidden"),
+)
 
 
 def aligned(request: ScoreRequest, response: ScoreResponse, expect: TeacherIdentity | None) -> list[TeacherScores]:
@@ -30,20 +38,10 @@ def aligned(request: ScoreRequest, response: ScoreResponse, expect: TeacherIdent
 
 
 def _item(request: ScoreRequest, item: ScoreItem, scores: TeacherScores) -> TeacherScores:
-    num_tokens = len(item.completion_ids)
-    num_ids = 0 if item.token_ids is None else item.token_ids.shape[1]
-    entropy = "entropy" in request.want
-    blank = unscored(
-        scores.identity,
-        scores.status,
-        num_tokens=num_tokens,
-        top_k=request.top_k,
-        num_ids=num_ids,
-        entropy=entropy,
-    )
+    blank = unscored(scores.identity, scores.status, num_tokens=len(item.completion_ids), ask=request.ask)
     if scores.status != ScoreStatus.OK:
         return blank
-    for name in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy"):
+    for name in _ASKED:
         _check_shape(item.id, name, getattr(scores, name), getattr(blank, name))
     _check_logprobs(item.id, "sampled", scores.sampled)
     if scores.entropy is not None and not (
@@ -55,12 +53,14 @@ def _item(request: ScoreRequest, item: ScoreItem, scores: TeacherScores) -> Teac
         _check_outcomes(item, "topk", scores.topk_ids, scores.topk_logprobs, scores.topk_tail, scores.sampled)
     if item.token_ids is not None and scores.ids_logprobs is not None and scores.ids_tail is not None:
         _check_outcomes(item, "ids", item.token_ids, scores.ids_logprobs, scores.ids_tail, scores.sampled)
+    if scores.drawn_ids is not None and scores.drawn_logprobs is not None:
+        _check_drawn(item.id, scores.drawn_ids, scores.drawn_logprobs, scores.topk_ids)
+    if scores.hidden is not None and ((scores.hidden & _HALF_EXPONENT) == _HALF_EXPONENT).any():
+        raise AlignmentError(f"item {item.id}: hidden is not finite though the item's status is OK")
     return scores
 
 
-def _check_shape(
-    item_id: str, name: str, value: FloatArray | IntArray | None, wanted: FloatArray | IntArray | None
-) -> None:
+def _check_shape(item_id: str, name: str, value: NDArray[Any] | None, wanted: NDArray[Any] | None) -> None:
     if (value is None) != (wanted is None):
         raise AlignmentError(f"item {item_id}: {name} is {'missing' if value is None else 'there without being asked'}")
     if value is not None and wanted is not None and (value.shape != wanted.shape or value.dtype != wanted.dtype):
@@ -80,6 +80,15 @@ def _check_topk_ids(item_id: str, ids: IntArray, logprobs: FloatArray) -> None:
         raise AlignmentError(f"item {item_id}: topk_ids holds a negative or repeated id")
     if (np.diff(logprobs, axis=1) > 0).any():
         raise AlignmentError(f"item {item_id}: topk_logprobs is not sorted, most probable first")
+
+
+def _check_drawn(item_id: str, ids: IntArray, logprobs: FloatArray, top: IntArray | None) -> None:
+    """Draws are of tokens outside the top-k, each with one log-prob."""
+    _check_logprobs(item_id, "drawn_logprobs", logprobs)
+    if (ids < 0).any():
+        raise AlignmentError(f"item {item_id}: drawn_ids holds a negative id")
+    if top is not None and (ids[:, :, None] == top[:, None, :]).any():
+        raise AlignmentError(f"item {item_id}: drawn_ids holds an id of the top-k")
 
 
 def _check_outcomes(

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill import __version__, service_cli
-from potstill.errors import ConfigError, PotstillError, TeacherError
+from potstill import __version__, service_cli, teacher_cli
+from potstill.errors import ConfigError, PotstillError
 
 CANCELLED = 5
 
@@ -27,9 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-teacher = typer.Typer(help="Serve a teacher, or find out what one can do.", no_args_is_help=True)
-app.add_typer(teacher, name="teacher")
 service_cli.register(app)
+teacher_cli.register(app)
 
 Config = Annotated[Path, typer.Argument(help="A .toml, .yaml or .json run config.", show_default=False)]
 Overrides = Annotated[
@@ -69,10 +68,8 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     if as_json:
         print_json(found)
         return
-    import yaml
-
-    typer.echo(yaml.safe_dump({"config": found["config"]}, sort_keys=False).rstrip())
-    typer.echo(yaml.safe_dump({"plan (sizes are estimates)": found["plan"]}, sort_keys=False).rstrip())
+    print_yaml({"config": found["config"]})
+    print_yaml({"plan (sizes are estimates)": found["plan"]})
     typer.echo(decoded_sample(resolved).as_text())
 
 
@@ -91,11 +88,7 @@ def methods(
     if as_json:
         print_json({key: method.as_dict() for key, method in shown.items()})
     elif name is not None:
-        import yaml
-
-        typer.echo(
-            yaml.safe_dump({name: PRESETS[name].as_dict()}, sort_keys=False, width=110, allow_unicode=True).rstrip()
-        )
+        print_yaml({name: shown[name].as_dict()})
     else:
         for key, method in shown.items():
             needs = ", ".join(f"{what}: {how}" for what, how in method.needs.items())
@@ -105,7 +98,13 @@ def methods(
 
 @app.command()
 def quickstart(
-    recipe: Annotated[str, typer.Option(help="opd: a teacher and a student; opsd: the student alone.")] = "opd",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="opd: a teacher and a student; opsd: the student alone; a teacher that only writes: seqkd, soda, gad, "
+            "ranked, advised; cross_tokenizer; two_teachers."
+        ),
+    ] = "opd",
     engine: Annotated[str | None, typer.Option(help="vllm or transformers.")] = None,
     seed: Annotated[int, typer.Option(help="Of the student's warm-up and of the distillation.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where runs and cached models go.")] = Path("runs"),
@@ -132,41 +131,6 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
-@teacher.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def teacher_serve(ctx: typer.Context, model: Annotated[str, typer.Argument(help="A model folder.")]) -> None:
-    """Serve a model folder as a teacher on loopback, with a key. Options: `python -m teacher_server --help`."""
-    from teacher_server.__main__ import main as serve
-
-    raise typer.Exit(serve([model, *ctx.args]))
-
-
-@teacher.command("probe")
-def teacher_probe(
-    url: Annotated[str, typer.Argument(help="Base URL of a teacher server.")],
-    key_env: Annotated[str, typer.Option(help="Variable that holds its key.")] = "POTSTILL_TEACHER_KEY",
-    as_json: Json = False,
-) -> None:
-    """Ask a teacher what it really offers, and which methods it can serve. Exit 3 when its scores cannot be used."""
-    import os
-    from dataclasses import asdict
-
-    from potstill.methods import PRESETS
-    from potstill.probe import probe
-
-    if key_env not in os.environ:
-        raise ConfigError(f"--key-env: the environment has no variable {key_env}")
-    report = asyncio.run(probe(url, os.environ[key_env]))
-    tier = report.tier
-    served = [name for name, method in PRESETS.items() if tier is not None and method.objective.tier <= tier]
-    found = {**asdict(report), "tier": None if tier is None else tier.name, "methods": served}
-    if as_json:
-        print_json(found)
-    else:
-        for name, value in found.items():
-            typer.echo(f"{name:<16} {value}")
-    raise typer.Exit(0 if report.problem is None else TeacherError.exit_code)
-
-
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -178,6 +142,12 @@ def print_json(value: Any) -> None:
     from potstill.journal import finite
 
     typer.echo(json.dumps(finite(value), indent=2))
+
+
+def print_yaml(value: Any) -> None:
+    import yaml
+
+    typer.echo(yaml.safe_dump(value, sort_keys=False, width=110, allow_unicode=True).rstrip())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ an array as one JSON object under the key "potstill" of the header's metadata.
     response   offsets[B+1] i64   status[B] u8    sampled[N] f32               entropy[N] f32
                topk_ids[N,k] i32                  topk_logprobs[N,k] f32       topk_tail[N] f32
                ids_logprobs[N,K] f32              ids_tail[N] f32
+               drawn_ids[N,M] i32                 drawn_logprobs[N,M] f32      hidden[N,H] u16, bits of bfloat16
 
 Bytes that are not such a message raise WireError, which names the field. Whether a message makes sense is wire.py's.
 """
@@ -17,7 +18,8 @@ Bytes that are not such a message raise WireError, which names the field. Whethe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -30,6 +32,7 @@ from potstill.framing import (
     Part,
     bounds,
     floats_from_list,
+    halves_from_list,
     ids_from_list,
     join,
     pack,
@@ -39,7 +42,7 @@ from potstill.framing import (
     unpack,
 )
 from potstill.types import IntArray, Message, ScoreStatus, TeacherIdentity, TeacherScores
-from potstill.wire import SCHEMA_VERSION, ScoreItem, ScoreRequest, ScoreResponse, Want
+from potstill.wire import SCHEMA_VERSION, Ask, ScoreItem, ScoreRequest, ScoreResponse
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
@@ -59,16 +62,24 @@ _SCORE_COLUMNS = {
     "ids_logprobs": Column("F32", 2),
     "ids_tail": Column("F32", 1),
     "entropy": Column("F32", 1),
+    "drawn_ids": Column("I32", 2),
+    "drawn_logprobs": Column("F32", 2),
+    "hidden": Column("U16", 2),
 }
 _RESPONSE_COLUMNS = {
     "offsets": Column("I64", 1, required=True),
     "status": Column("U8", 1, required=True),
     **_SCORE_COLUMNS,
 }
-_TOGETHER = (frozenset({"topk_ids", "topk_logprobs", "topk_tail"}), frozenset({"ids_logprobs", "ids_tail"}))
+_TOGETHER = (
+    frozenset({"topk_ids", "topk_logprobs", "topk_tail"}),
+    frozenset({"ids_logprobs", "ids_tail"}),
+    frozenset({"drawn_ids", "drawn_logprobs"}),
+)
 _STATUSES = {ScoreStatus.OK, ScoreStatus.FAILED, ScoreStatus.DEADLINE}
 
 _Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], Field(fail_fast=True)]  # a message about the first wrong one of a million is enough
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 _Item = TypeVar("_Item")
 
@@ -80,22 +91,26 @@ class _MessagePart(Part):
 
 class _HeadedItem(Part):
     id: _Id
-    teacher_messages: tuple[_MessagePart, ...] | None = None
+    teacher_messages: Annotated[tuple[_MessagePart, ...], Field(fail_fast=True)] | None = None
 
 
 class _ListedItem(_HeadedItem):
-    context_ids: list[_Token] = Field(default_factory=list)
-    completion_ids: list[_Token]
-    teacher_context_ids: list[_Token] | None = None
-    token_ids: list[list[_Token]] | None = None
+    context_ids: _Tokens = Field(default_factory=list)
+    completion_ids: _Tokens
+    teacher_context_ids: _Tokens | None = None
+    token_ids: Annotated[list[_Tokens], Field(fail_fast=True)] | None = None
 
 
 class _RequestFacts(Part, Generic[_Item]):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
-    items: list[_Item]
-    want: frozenset[Want] = frozenset({"sampled"})
+    items: Annotated[list[_Item], Field(fail_fast=True)]
     top_k: int = 0
+    num_ids: int = 0
+    draws: int = 0
+    entropy: bool = False
+    hidden: int = 0
+    seed: int = 0
     temperature: float = 1.0
     expect_tokenizer_fingerprint: str | None = None
     expect_revision: str | None = None
@@ -103,7 +118,7 @@ class _RequestFacts(Part, Generic[_Item]):
 
 
 class _ResponseFacts(Part):
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     request_id: str
     model: str
     revision: str
@@ -124,6 +139,9 @@ class _ListedScores(Part):
     ids_logprobs: list[list[float | None]] | None = None
     ids_tail: list[float | None] | None = None
     entropy: list[float | None] | None = None
+    drawn_ids: list[list[int]] | None = None
+    drawn_logprobs: list[list[float | None]] | None = None
+    hidden: list[list[int]] | None = None
 
 
 class _ListedResponse(_ResponseFacts):
@@ -136,6 +154,13 @@ _HEADED_RESPONSE = TypeAdapter(_HeadedResponse)
 _LISTED_RESPONSE = TypeAdapter(_ListedResponse)
 
 
+_FROM_LIST: dict[str, Callable[[Any, str], Any]] = {
+    "I32": ids_from_list,
+    "F32": floats_from_list,
+    "U16": halves_from_list,
+}
+
+
 # ------------------------------------------------------------------------------------------------------ requests
 
 
@@ -144,8 +169,8 @@ def encode_request(request: ScoreRequest, media_type: str) -> bytes:
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": request.model,
-        "want": sorted(request.want),
-        "top_k": request.top_k,
+        **asdict(request.ask),
+        "seed": request.seed,
         "temperature": request.temperature,
         "expect_tokenizer_fingerprint": request.expect_tokenizer_fingerprint,
         "expect_revision": request.expect_revision,
@@ -194,8 +219,14 @@ def _request(facts: _RequestFacts[Any], items: list[ScoreItem]) -> ScoreRequest:
     return ScoreRequest(
         model=facts.model,
         items=tuple(items),
-        want=facts.want,
-        top_k=facts.top_k,
+        ask=Ask(
+            top_k=facts.top_k,
+            num_ids=facts.num_ids,
+            draws=facts.draws,
+            entropy=facts.entropy,
+            hidden=facts.hidden,
+        ),
+        seed=facts.seed,
         temperature=facts.temperature,
         expect_tokenizer_fingerprint=facts.expect_tokenizer_fingerprint,
         expect_revision=facts.expect_revision,
@@ -285,10 +316,7 @@ def decode_response(body: bytes, media_type: str) -> ScoreResponse:
 def _columns(item: _ListedScores, where: str) -> dict[str, Any]:
     """The arrays of one item of a JSON answer, by field name."""
     given = {name: getattr(item, name) for name in _SCORE_COLUMNS if getattr(item, name) is not None}
-    arrays = {
-        name: (ids_from_list if _SCORE_COLUMNS[name].dtype == "I32" else floats_from_list)(value, f"{where}.{name}")
-        for name, value in given.items()
-    }
+    arrays = {name: _FROM_LIST[_SCORE_COLUMNS[name].dtype](value, f"{where}.{name}") for name, value in given.items()}
     for name, array in arrays.items():
         require(len(array) == len(item.sampled), f"{where}.{name}", "must have one row per completion token")
     return arrays

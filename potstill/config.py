@@ -1,6 +1,7 @@
 """RunConfig: everything that decides a run, in one frozen tree. Every default that changes a number lives here.
 
-It reads no file and no override: config_file.py does. Unknown keys are errors; a renamed key keeps no alias.
+The [teacher] table is in config_teachers.py, the [objective] table in algebra/. It reads no file and no override:
+config_file.py does. Unknown keys are errors; a renamed key keeps no alias.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from potstill.algebra.objective import Objective, lay_over
+from potstill.config_teachers import TeacherConfig
 from potstill.methods import PRESETS
 from potstill.nearest import hint
-from potstill.section import Section, Unit
+from potstill.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -37,81 +39,6 @@ class StudentConfig(Section):
     """Of the weights while training. bfloat16 loses updates smaller than 1/256 of a weight."""
     lora: LoraConfig | None = None
     """None: all weights are trained."""
-
-
-class ServerTeacher(Section):
-    """A teacher behind HTTP (`potstill teacher serve`): a running server by url, or a model folder to start one."""
-
-    kind: Literal["server"] = "server"
-    url: str | None = None
-    """Base URL of a running teacher server, e.g. http://127.0.0.1:8001."""
-    model: str | None = None
-    """Model folder: the run starts its own teacher server on loopback and ends it with the run."""
-    secret_ref: str | None = Field(default=None, pattern=r"^(env|file):.+$")
-    """Where the bearer key of `url` is kept: env:NAME or file:PATH. Never the key itself."""
-    privileged_template: str | None = None
-    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}; None: it reads the student's."""
-    deadline_s: Annotated[float, Field(gt=0)] = 60.0
-    """Total time for one scoring request with its retries. Too short: a busy teacher fails the run."""
-    concurrency: Positive = 4
-    """Scoring requests in flight per rollout worker."""
-    threads: Positive = 1
-    """CPU threads of a server that the run starts itself."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ServerTeacher:
-        if (self.url is None) == (self.model is None):
-            raise ValueError("name exactly one of teacher.url (a running server) and teacher.model (a folder to serve)")
-        if (self.url is None) != (self.secret_ref is None):
-            raise ValueError("teacher.url goes with teacher.secret_ref, where its key is kept: env:NAME or file:PATH")
-        return self
-
-
-class SelfTeacher(Section):
-    """The student's own weights, reading a privileged prompt. Lives inside the learner; nothing travels."""
-
-    kind: Literal["self"] = "self"
-    weights: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
-    """frozen: the student as the run found it; ema: its moving average; live: the current student, without gradient;
-    trust_region: between the frozen and the live one (SDPO, 2601.20802)."""
-    trust: Unit = 0.01
-    """Of weights = "trust_region": share of the live student's logits. Near 1 is a live teacher, which may diverge."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Of weights = "ema", per step. Near 1 the teacher hardly moves; too small is a live teacher, which may diverge."""
-    privileged_template: str
-    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}, e.g. "{prompt}\\nHint: {answer}"."""
-
-
-class LocalModel(Section):
-    """One of the models that teach inside the learner."""
-
-    model: str
-    """A folder in Hugging Face format, with the student's tokenizer."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Of this model where several score the same token; the weights are scaled to sum to 1."""
-    domains: tuple[str, ...] = ()
-    """Prompts that it scores, by domain. None: all."""
-
-
-class LocalTeacher(Section):
-    """Other models, loaded beside the student in the learner: every logit is at hand, and no server is needed."""
-
-    kind: Literal["local"] = "local"
-    models: Annotated[tuple[LocalModel, ...], Field(min_length=1)]
-    """One, or several whose predictions are combined."""
-    combine: Literal["logits", "probabilities"] = "logits"
-    """Of several: the mean of their logits (a geometric mean), or of their probabilities."""
-    privileged_template: str | None = None
-    """How the teacher's own prompt reads, with {prompt}, {answer} and {solution}; None: it reads the student's."""
-
-
-class NoTeacher(Section):
-    """For supervised runs: the text itself is the signal."""
-
-    kind: Literal["none"] = "none"
-
-
-TeacherConfig = Annotated[ServerTeacher | SelfTeacher | LocalTeacher | NoTeacher, Field(discriminator="kind")]
 
 
 class ReasoningGymData(Section):
@@ -154,17 +81,44 @@ class SamplingConfig(Section):
     """0: all tokens. As top_p."""
 
 
+class AdaptiveConfig(Section):
+    """DistiLLM's schedule of whose text a step learns (2402.03898, §3.2): the data's solutions at first and, the more
+    often the loss of held-out ones has risen, the student's own, new or from earlier steps."""
+
+    validate_every: Positive
+    """Steps between validations. Too few: time, and noise that passes for rises; too many: the share follows late."""
+    validate_items: Positive = 64
+    """Held-out solutions that are validated on. Too few: a noisy loss rises by chance; too many: time."""
+    rises: Positive = 10
+    """Rises of the loss until all text is the student's own. Too few: one noisy validation decides; too many: the
+    student never writes."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """Nats a token that a rise must exceed to count. Too small: noise is a rise; too large: nothing is."""
+    capacity: Positive = 1000
+    """Texts of the student that are kept; the oldest go first. Too small: the same few again and again; too large: text
+    that the student has long outgrown. A checkpoint holds them all."""
+
+
 class RolloutConfig(Section):
     """Who writes the completions, with which engine, and how many."""
 
-    source: Literal["student", "teacher", "reference"] = "student"
-    """student: on-policy; teacher: the teacher writes (off-policy); reference: the data's own solutions, unchanged."""
+    source: Literal["student", "snapshot", "teacher", "reference", "handoff"] = "student"
+    """student: on-policy; snapshot: a model that never changes writes in its place (SODA's rejected answers); teacher:
+    the teacher writes (off-policy); reference: the data's own solutions, unchanged; handoff: the student begins and the
+    teacher ends (DASD)."""
+    handoff_after: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of source = "handoff": the least share of the student's answer that stays; where it is cut is random from there
+    on. Too small: the teacher writes nearly all; near 1: nothing is left to mend."""
+    snapshot: str | None = None
+    """Of source = "snapshot": its folder, with the student's tokenizer. None: the student as the run found it."""
     beside: Literal["none", "teacher", "reference"] = "none"
     """Text that the student did not write, learnt in the same step by terms that are over "all" or "others"."""
     beside_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the prompts that get such a text."""
     beside_instead: bool = False
     """At those prompts the student does not write (GKD's λ is then 1 - beside_share)."""
+    adaptive: AdaptiveConfig | None = None
+    """Steps on the data's solutions or on earlier text in place of new text of the student. None: it always writes."""
     view: Literal["own", "privileged"] = "own"
     """privileged: the student writes under the teacher's prompt and learns it under both (π-Distill)."""
     engine: Literal["vllm", "transformers"] = "transformers"

@@ -13,7 +13,10 @@ PotstillError
     SignalLost          too few tokens could be scored for the step to mean anything       exit 1
   TeacherError          the teacher's side of a request                                    exit 3
     TeacherRefused      it understood and said no (4xx): mend the request                  exit 3
+      NoAnswer          it was asked to write and gave no text, which it may charge for    exit 3
     TeacherUnavailable  away, overloaded or too slow (429, 5xx, timeout): try later        exit 3
+    TargetRefused       the guard does not let this run call that address                  exit 3
+    BudgetExhausted     the request would cost more than the budget has left               exit 3
   ServiceError          the control plane said no; carries status and code                 exit 4
 
 Every class survives pickling, because Ray carries errors between processes: state lives in `args` alone.
@@ -83,8 +86,27 @@ class TeacherRefused(TeacherError):
     """The teacher understood the request and refused it (4xx). Mend the request; do not retry it."""
 
 
+class NoAnswer(TeacherRefused):
+    """A teacher that writes gave no text. args: message, tokens it read and tokens it wrote, None where not counted."""
+
+    @property
+    def tokens(self) -> tuple[int | None, int | None]:
+        return self.args[1], self.args[2]
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class TeacherUnavailable(TeacherError):
     """The teacher is away, overloaded or too slow. Retrying later may help."""
+
+
+class TargetRefused(TeacherError):
+    """A call would have gone to an address that it may not go to; no packet was sent. Mend URL or allow list."""
+
+
+class BudgetExhausted(TeacherError):
+    """A request may cost more than the budget has left; it was not sent."""
 
 
 class ServiceError(PotstillError):

@@ -137,6 +137,14 @@ def floats_from_list(values: Sequence[Any], param: str) -> NDArray[np.float32]:
         raise WireError("must have rows of equal length", param) from None
 
 
+def halves_from_list(values: Sequence[Sequence[int]], param: str) -> NDArray[np.uint16]:
+    """A uint16 array, the bits of bfloat16 numbers; raises WireError when rows differ in length."""
+    try:
+        return np.asarray(values, np.uint16)
+    except (ValueError, OverflowError):
+        raise WireError("must have rows of equal length, of 16-bit integers", param) from None
+
+
 def plain(array: NDArray[Any]) -> list[Any]:
     """Nested lists fit for JSON: null for NaN, and "-Infinity", which JSON has no number for, as text."""
     return [_plain(value) for value in array.tolist()]

@@ -102,6 +102,12 @@ class Journal:
             listener(stream, record)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints step-N in `folder`, oldest first: by number, for as text step-1000000 precedes step-999999."""
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Every complete line of a log; a torn last line (a crash while writing) is left out."""
     if not path.exists():

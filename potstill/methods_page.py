@@ -14,9 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from potstill.algebra.judges import Verifier
 from potstill.algebra.losses import Likelihood, PolicyGradient, Preference
 from potstill.algebra.objective import Objective, Term, Tier
-from potstill.methods import PRESETS, classic, multiple, offline, onpolicy, rewarded, selfdistilled
+from potstill.methods import PRESETS, classic, crosstokenizer, multiple, offline, onpolicy, rewarded, selfdistilled
 from potstill.methods.method import Method
 from potstill.section import Ramp
 
@@ -32,9 +33,10 @@ A method is a table of choices in one algebra, and a preset is such a table with
 **How to read the tables.** *Computes* uses the config's own words: on whose text, weight · loss (its numbers) over a
 support → target × gates and correction, and how tokens are added up; a term that reads any text has no "on".
 *Needs* begins with the least that a teacher must offer: `text` < `sampled` (log-probs of given tokens) < `topk` (its
-own) < `ids` (of the student's choice) < `full` (all logits). potstill's own server offers `ids`; a teacher in the
-learner (`kind = "local"` or `"self"`) offers `full`. A method with something *not there yet* is pinned to its equation
-by a test, and `potstill check` refuses to run it. *Settings* are the paper's run, to compare with; none is applied.
+own) < `ids` (of the student's choice) < `full` (all logits). A teacher in the learner (`kind = "local"` or `"self"`)
+offers `full`, and so does potstill's own server where its model's folder is named (`teacher.model` or `teacher.head`);
+else it offers `ids`. A method with something *not there yet* is pinned to its equation by a test, and `potstill check`
+refuses to run it. *Settings* are the paper's run, to compare with; none is applied.
 """
 
 CHOICES: tuple[tuple[str, Tier, tuple[str, ...], str], ...] = (
@@ -45,6 +47,8 @@ CHOICES: tuple[tuple[str, Tier, tuple[str, ...], str], ...] = (
     ("a server that sends its own top-k", Tier.TOPK, ("lsm", "gkd_topk", "eopd"), "set `top_p` for `lsm`"),
     ("a server that scores a given token", Tier.SAMPLED, ("opd_sampled", "power_opd", "iw_opd"), "noisier: more text"),
     ("the same, and a verifier", Tier.SAMPLED, ("kdrl",), "a teacher that is better but not right"),
+    ("one that does, with another tokenizer", Tier.SAMPLED, ("cross_tokenizer",), "pieces of text, not tokens"),
+    ("a teacher that only writes text", Tier.TEXT, ("gad",), "after `sft` on the same text"),
     ("answers in the data, whoever wrote them", Tier.TEXT, ("sft",), "first stage and control"),
     ("a verifier and no teacher", Tier.TEXT, ("grpo",), "the control of every reward"),
     ("no teacher, but solutions or hints", Tier.FULL, ("opsd", "sdft", "opcd"), '`kind = "self"`, a privileged prompt'),
@@ -61,6 +65,7 @@ FAMILIES: tuple[tuple[str | None, Mapping[str, Method]], ...] = (
     (selfdistilled.__doc__, selfdistilled.SELF_DISTILLED),
     (rewarded.__doc__, rewarded.REWARDED),
     (multiple.__doc__, multiple.MULTIPLE),
+    (crosstokenizer.__doc__, crosstokenizer.CROSS_TOKENIZER),
     (offline.__doc__, offline.OFFLINE),
 )
 """A file's docstring heads its methods."""
@@ -91,6 +96,7 @@ def computes(objective: Objective) -> str:
         own = "" if len(sums) == 1 else f" by {_part(term.aggregation)}"
         by_text.setdefault(_TEXTS[term.over], []).append(_term(term) + own)
     shared = [f"by {added}" for added in sums] if len(sums) == 1 else []
+    shared += [] if isinstance(objective.judge, Verifier) else [f"judged by {_part(objective.judge)}"]
     return "; ".join([text + " + ".join(terms) for text, terms in by_text.items()] + shared)
 
 

@@ -7,20 +7,31 @@ marked as such.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from potstill.algebra.objective import ESTIMATES, Objective, Tier
-from potstill.config import JsonlData, LocalTeacher, RunConfig, SelfTeacher, ServerTeacher
+from potstill.algebra.judges import Discriminator
+from potstill.algebra.objective import ESTIMATES, Tier
+from potstill.config import RunConfig
+from potstill.config_teachers import ServerTeacher
 from potstill.errors import ConfigError, PlanError
 from potstill.methods import PRESETS
-from potstill.wire import MAX_TOP_K
+from potstill.misfits import misfits
+from potstill.wire import Capabilities
 
-SERVER_TIER = Tier.IDS  # what potstill's own teacher server offers over HTTP
+CLAIMED = {
+    "server": Tier.IDS,  # FULL where its head is known
+    "vllm": Tier.IDS,
+    "completions": Tier.TOPK,
+    "several": Tier.IDS,
+    "openai": Tier.TEXT,
+    "self": Tier.FULL,
+    "local": Tier.FULL,
+    "none": Tier.TEXT,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +62,14 @@ def plan(config: RunConfig) -> Plan:
     rollout = config.rollout
     tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.sampling.max_new_tokens
     states = 2 + 2 * (4 / width) if config.student.lora is None else 1.1
+    judged = 16 if isinstance(config.objective.judge, Discriminator) and config.student.lora is None else 0
     return Plan(
         method=config.method,
         source=rollout.source,
         tier_needed=config.objective.tier.name,
         tier_found=found.name,
         student_parameters=parameters,
-        learner_bytes=int(parameters * width * states),
+        learner_bytes=int(parameters * (width * states + judged)),
         engine_bytes=parameters * width,
         tokens_per_step_at_most=tokens,
         tokens_at_most=tokens * config.loop.steps,
@@ -82,24 +94,52 @@ def _count(file: Path) -> int:
 
 
 def _tier_found(config: RunConfig) -> Tier:
-    if isinstance(config.teacher, SelfTeacher | LocalTeacher):
-        return Tier.FULL
-    return SERVER_TIER if isinstance(config.teacher, ServerTeacher) else Tier.TEXT
+    """What teachers of this kind offer at best; the one that is met is asked itself (`check_teacher`)."""
+    teacher = config.teacher
+    sends_states = isinstance(teacher, ServerTeacher) and teacher.head_folder is not None
+    return Tier.FULL if sends_states else CLAIMED[teacher.kind]
+
+
+def check_teacher(config: RunConfig, able: Capabilities) -> None:
+    """Raise PlanError when the teacher that was met does not offer what the method reads, or not of texts so long."""
+    objective, rollout = config.objective, config.rollout
+    offered = Tier(able.tier) if able.hidden_size else min(Tier.IDS, Tier(able.tier))
+    if objective.tier > offered:
+        raise PlanError(
+            f"method {config.method!r} needs a teacher of tier {objective.tier.name}, {able.model} offers "
+            f"{offered.name}; nearest that it can serve: {', '.join(nearest(config.method, offered))}"
+        )
+    supports = [term.support for term in objective.terms.values() if term.reads_scores]
+    for width in ("k", "m"):
+        wanted = max((getattr(support, width, 0) for support in supports), default=0)
+        if wanted > able.max_top_k and objective.tier < Tier.FULL:
+            raise PlanError(
+                f"objective.support.{width} is {wanted}: {able.model} sends at most {able.max_top_k} a position"
+            )
+    num_prompt, num_new = rollout.max_prompt_tokens, rollout.sampling.max_new_tokens
+    if num_prompt + num_new > able.context_length:
+        raise PlanError(
+            f"teacher {able.model} reads {able.context_length} tokens: lower rollout.max_prompt_tokens {num_prompt} or "
+            f"rollout.sampling.max_new_tokens {num_new}, which make {num_prompt + num_new}; a privileged prompt may "
+            "need more"
+        )
 
 
 def _refuse_unfit(config: RunConfig, found: Tier) -> None:
     method, objective = PRESETS[config.method], config.objective
     if objective.tier > found:
+        nameless = isinstance(config.teacher, ServerTeacher) and config.teacher.keeps_head
+        more = ", and FULL once teacher.head names the model that it serves" if nameless else ""
         raise PlanError(
-            f"method {config.method!r} needs a teacher of tier {objective.tier.name}, this one offers {found.name}; "
-            f"nearest that it can serve: {', '.join(nearest(config.method, found))}"
+            f"method {config.method!r} needs a teacher of tier {objective.tier.name}, this one offers {found.name}"
+            f"{more}; nearest that it can serve: {', '.join(nearest(config.method, found))}"
         )
     if method.missing:
         raise PlanError(
             f"method {config.method!r} needs {' and '.join(method.missing)}, which a run cannot bring yet; "
             f"nearest that it can: {', '.join(nearest(config.method, found))}"
         )
-    for problem in (*_unfit_text(config), *_unfit_needs(config)):
+    for problem in misfits(config):
         raise PlanError(problem)
 
 
@@ -114,78 +154,12 @@ def nearest(name: str, found: Tier) -> list[str]:
             method.signal == wanted.signal,
             method.objective.loss.kind == wanted.objective.loss.kind,
             method.objective.over == wanted.objective.over,
-            method.needs.keys() == wanted.needs.keys(),
         )
-        return -sum(same), -method.objective.tier
+        more = len(method.needs.keys() - wanted.needs.keys())
+        return more - sum(same), -method.objective.tier
 
     able = [other for other, method in PRESETS.items() if method.objective.tier <= found and not method.missing]
     return sorted((other for other in able if other != name), key=unlike)[:3]
-
-
-def _unfit_text(config: RunConfig) -> Iterator[str]:
-    """Text that the objective reads and nobody writes, or that somebody writes and nothing reads."""
-    objective, rollout, teacher = config.objective, config.rollout, config.teacher
-    written = _origins(config)
-    served = isinstance(teacher, SelfTeacher | LocalTeacher) or getattr(teacher, "model", None) is not None
-    if "teacher" in {rollout.source, rollout.beside} and not served:
-        yield 'text of the teacher needs teacher.model, a folder that a rollout worker can load, or kind = "self"'
-    for name, term in objective.terms.items():
-        if term.over not in {"all", *written}:
-            yield _unread(config.method, name, term.over)
-    if objective.compares_completions and not {"student", "others"} <= written:
-        yield f"method {config.method!r} pairs the student's answers with others: set rollout.beside"
-    if "student" in written and not objective.reads_student:
-        yield (
-            f'method {config.method!r} on the student\'s own text teaches nothing: rollout.source = "teacher" or '
-            '"reference"'
-        )
-    if rollout.privileged_share and (rollout.source != "reference" or not isinstance(teacher, SelfTeacher)):
-        yield 'rollout.privileged_share needs source = "reference" and a [teacher] of kind "self"'
-    if rollout.source == "student" and rollout.sampling.temperature == 0:
-        yield "rollout.sampling.temperature = 0 never explores: on-policy distillation samples, at 1.0"
-
-
-def _origins(config: RunConfig) -> set[str]:
-    """Of the completions that the run will train on: see Term.over."""
-    rollout = config.rollout
-    if rollout.source != "student":
-        return {"others"}
-    own = {"student", "privileged"} if rollout.view == "privileged" else {"student"}
-    return own if rollout.beside == "none" else {*own, "others"}
-
-
-def _unread(method: str, term: str, over: str) -> str:
-    which = f"method {method!r}" if term == "main" else f"method {method!r}, its term {term!r},"
-    return {
-        "student": f'{which} is for text of the student: rollout.source = "student"; for other text use method "sft"',
-        "privileged": f'{which} is for text written under the teacher\'s prompt: rollout.view = "privileged"',
-        "others": f'{which} is for text of the teacher or the data: rollout.source or rollout.beside = "teacher" or '
-        '"reference"',
-    }[over]
-
-
-def _unfit_needs(config: RunConfig) -> Iterator[str]:
-    objective, teacher = config.objective, config.teacher
-    templated = getattr(teacher, "privileged_template", None) is not None
-    if (PRESETS[config.method].context == "privileged" or config.rollout.view == "privileged") and not templated:
-        yield f"method {config.method!r} has a teacher that reads more than the student: teacher.privileged_template"
-    if objective.reads_reward and isinstance(config.data, JsonlData) and config.data.verifier == "none":
-        yield f'method {config.method!r} needs a reward: data.verifier must not be "none"'
-    if objective.reads_reward and config.rollout.samples_per_prompt < 2:
-        yield f"method {config.method!r} compares completions of one prompt: rollout.samples_per_prompt = 4 or more"
-    if isinstance(teacher, ServerTeacher):
-        yield from _unfit_widths(objective)
-
-
-def _unfit_widths(objective: Objective) -> Iterator[str]:
-    """Of what a server is asked for once a position, for all terms."""
-    for kind in ("student_topk", "teacher_topk"):
-        supports = [term.support for term in objective.terms.values() if term.support.kind == kind]
-        widths = sorted({getattr(support, "k", 0) for support in supports})
-        if len(widths) > 1:
-            yield f'terms over "{kind}" want k = {widths}: give them the same, a server is asked once'
-        if widths and widths[-1] > MAX_TOP_K:
-            yield f"objective.support.k is {widths[-1]}: a teacher server sends at most {MAX_TOP_K}"
 
 
 def _notes(config: RunConfig) -> list[str]:

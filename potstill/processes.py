@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from potstill.errors import ConfigError, PotstillError, WorkerLost
 
 GRACE_S = 10.0
+_PARENT_POLL_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +80,21 @@ async def start(
         await child.stop()
         raise
     return child
+
+
+def end_with_parent(parent: int) -> None:
+    """Send ourselves SIGTERM once `parent` is gone.
+
+    Asking for our parent's id needs no privileges and works everywhere. Linux's PR_SET_PDEATHSIG does not fit: it
+    fires when the *thread* that started us ends, which may be long before its process does.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 async def _ready_line(process: asyncio.subprocess.Process) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     Prompt → Rollout → ScoredRollout → (Receipt) → StepBatch → StepReport → WeightsVersion
 
-Legend for shapes: P prompt tokens, T completion tokens, K entries of a top-k, C tokens of the teacher's own context.
+Legend for shapes: P prompt tokens, T completion tokens, K entries of a top-k, M draws, C tokens of the teacher's own
+context.
 Arrays are numpy, contiguous and read-only by convention: Ray hands them out as views of shared memory.
 A missing number is NaN; nothing here has a default that could pass for a measurement.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+HalfArray = NDArray[np.uint16]
+"""The bits of bfloat16 numbers, which numpy cannot name: the upper half of the same number as float32."""
 
 
 class FinishReason(StrEnum):
@@ -53,6 +56,10 @@ class Prompt:
     answer: str | None  # final answer; for the verifier and for a privileged teacher, never for the student
     solution: str | None  # reference completion with its written steps, for supervised runs
     info: Mapping[str, Any] = field(default_factory=dict)  # what the verifier wants back
+    advice: str | None = None  # what a black box says about it; for a privileged teacher
+    step: int | None = None  # the optimizer step that trains it, from 1; None: held out
+    text: Literal["given"] | tuple[int, ...] | None = None
+    """Its completion: the data's solution, or these ids, which nobody has just written. None: as [rollout] says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +87,19 @@ class Rollout:
     temperature: float  # at which the completion was sampled; 0.0 is greedy
     reward: float  # the verifier's score in [0, 1]; NaN when there is no verifier
     teacher_context_ids: IntArray | None  # [C] what the teacher reads instead of prompt_ids; None: the same prompt
-    privileged: bool = False  # prompt_ids are the teacher's own prompt: the student writes or learns under it
+    snapshot: bool = False  # written by a student that never changes: no version of it is stale
+    privileged: bool = False  # prompt_ids are the teacher's own prompt, which is learnt under and shown to nobody
     support_ids: IntArray | None = None  # [T, K]
     support_logprobs: FloatArray | None = None  # [T, K] student's log-probs of support_ids at sampling time
+    draw_ids: IntArray | None = None  # [T, M] independent draws from what each token was sampled from; may repeat
+    draw_logprobs: FloatArray | None = None  # [T, M] with which they were drawn
 
     def __post_init__(self) -> None:
         length = len(self.completion_ids)
         if length == 0 or len(self.prompt_ids) == 0:
             raise ValueError(f"rollout {self.id}: prompt_ids and completion_ids must not be empty")
-        for name in ("loss_mask", "student_logprobs", "weight_versions", "support_ids", "support_logprobs"):
+        columns = ("loss_mask", "student_logprobs", "weight_versions", "support_ids", "support_logprobs")
+        for name in (*columns, "draw_ids", "draw_logprobs"):
             value = getattr(self, name)
             if value is not None and len(value) != length:
                 raise ValueError(f"rollout {self.id}: {name} has {len(value)} rows, completion_ids has {length}")
@@ -135,12 +146,18 @@ class TeacherScores:
     status: int
     identity: TeacherIdentity
     sampled: FloatArray  # [T] log p(completion token)
+    draws: FloatArray | None = None  # [T, M] log p of the rollout's own draws, Rollout.draw_ids
     topk_ids: IntArray | None = None  # [T, K] the teacher's own most probable ids
     topk_logprobs: FloatArray | None = None  # [T, K]
     topk_tail: FloatArray | None = None  # [T]
     ids_logprobs: FloatArray | None = None  # [T, K] log p of the ids that the caller chose
     ids_tail: FloatArray | None = None  # [T] log of the teacher's mass outside the caller's ids
     entropy: FloatArray | None = None  # [T] nats
+    drawn_ids: IntArray | None = None  # [T, M] draws from the teacher outside its top-k, with replacement
+    drawn_logprobs: FloatArray | None = None  # [T, M] log p of drawn_ids
+    hidden: HalfArray | None = None  # [T, H] what the teacher's head reads, after the final norm; see HalfArray
+    chunks: IntArray | None = None  # [T] tokens with the same number were scored together by a teacher of another
+    # tokenizer: "sampled" of each is the log-prob of the whole chunk; -1: not scored (NaN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

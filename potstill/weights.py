@@ -32,6 +32,7 @@ _NUMPY_OF: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
+_SAFETENSORS_NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAME_OF = {dtype: name for name, dtype in _NUMPY_OF.items()}
 
 
@@ -81,6 +82,26 @@ def unpack(version: WeightsVersion, payload: NDArray[np.uint8]) -> dict[str, Arr
             "fetch the payload again"
         )
     return {entry.name: _view(payload, entry) for entry in version.tensors}
+
+
+def as_safetensors(version: WeightsVersion, payload: NDArray[np.uint8]) -> bytes:
+    """The version as a safetensors file, its number in the metadata; for those who know no payload of ours.
+
+    Written out here because the library takes numpy's dtypes, and numpy has no bfloat16. Raises WeightsError.
+    """
+    tensors = unpack(version, payload)
+    header: dict[str, Any] = {"__metadata__": {"version": str(version.version)}}
+    end = 0
+    for entry in version.tensors:
+        header[entry.name] = {
+            "dtype": _SAFETENSORS_NAME[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.nbytes],
+        }
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(tensor.tobytes() for tensor in tensors.values())])
 
 
 def check_newer(current: int, offered: int) -> None:

@@ -14,10 +14,28 @@ import numpy as np
 from potstill.framing import Part, WireError, require
 from potstill.types import FloatArray, IntArray, Message, TeacherIdentity, TeacherScores
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_TOP_K = 128  # entries per position that a teacher server sends, of its own top-k or of ids that a caller chose
 
-Want = Literal["sampled", "topk", "token_ids", "entropy"]
+MISSING_HALF = 0x7FC0  # NaN as the bits of a bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What is asked of every completion token, beside its own log-prob, which always comes. 0 and False: not asked.
+
+    Example: Ask(top_k=8, draws=42) asks for the eight most probable tokens and 42 draws from the others.
+    """
+
+    top_k: int = 0  # entries of the teacher's own top-k
+    num_ids: int = 0  # ids of the caller's choice
+    draws: int = 0  # with replacement, from the teacher's distribution outside its top-k
+    entropy: bool = False
+    hidden: int = 0  # width of the states that the teacher's head reads
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "num_ids", "draws", "hidden"):
+            require(getattr(self, name) >= 0, name, "must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +51,20 @@ class ScoreItem:
     completion_ids: IntArray  # [T], T >= 1
     teacher_context_ids: IntArray | None = None  # [C]
     teacher_messages: tuple[Message, ...] | None = None  # rendered by the teacher's own chat template
-    token_ids: IntArray | None = None  # [T, K] ids of the caller's choice, distinct at each position
+    token_ids: IntArray | None = None  # [T, Ask.num_ids] ids of the caller's choice, distinct at each position
+    # For whoever stands between a caller and several teachers, or one of other tokens; neither is ever sent:
+    domain: str | None = None  # of the prompt
+    messages: tuple[Message, ...] | None = None  # what the teacher reads, as text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What is asked of a teacher. `sampled` log-probs always come; `want` says what else.
-
-    Raises WireError when its parts contradict each other.
-    """
+    """What is asked of a teacher, of several completions alike. Raises WireError when parts contradict each other."""
 
     model: str
     items: tuple[ScoreItem, ...]
-    want: frozenset[Want]
-    top_k: int = 0  # entries of the teacher's own top-k; 0 unless "topk" is wanted
+    ask: Ask
+    seed: int = 0  # of the draws; the same request draws the same ids, whatever it is batched with
     temperature: float = 1.0  # teachers score the distribution they have; any other value is refused
     expect_tokenizer_fingerprint: str | None = None
     expect_revision: str | None = None
@@ -55,16 +73,13 @@ class ScoreRequest:
     def __post_init__(self) -> None:
         require(bool(self.items), "items", "must not be empty")
         require(self.temperature == 1.0, "temperature", "must be 1.0: teachers do not temper their scores")
-        require(("topk" in self.want) == (self.top_k > 0), "top_k", 'is above 0 if and only if want has "topk"')
         require(self.deadline_ms is None or self.deadline_ms > 0, "deadline_ms", "must be above 0")
         require(len({item.id for item in self.items}) == len(self.items), "items", "two items have the same id")
         for index, item in enumerate(self.items):
-            _check_item(item, f"items[{index}]", with_token_ids="token_ids" in self.want)
-        widths = {item.token_ids.shape[1] for item in self.items if item.token_ids is not None}
-        require(len(widths) <= 1, "items", "token_ids must have the same number of ids per position in every item")
+            _check_item(item, f"items[{index}]", num_ids=self.ask.num_ids)
 
 
-def _check_item(item: ScoreItem, where: str, *, with_token_ids: bool) -> None:
+def _check_item(item: ScoreItem, where: str, *, num_ids: int) -> None:
     rows = len(item.completion_ids)
     has_own_context = item.teacher_context_ids is not None or item.teacher_messages is not None
     require(rows > 0, f"{where}.completion_ids", "must not be empty")
@@ -78,9 +93,10 @@ def _check_item(item: ScoreItem, where: str, *, with_token_ids: bool) -> None:
         value = getattr(item, name)
         require(value is None or value.size == 0 or value.min() >= 0, f"{where}.{name}", "holds a negative id")
     where = f"{where}.token_ids"
-    require((item.token_ids is not None) == with_token_ids, where, 'is given if and only if want has "token_ids"')
+    require((item.token_ids is not None) == (num_ids > 0), where, "is given if and only if num_ids is above 0")
     if item.token_ids is not None:
-        require(item.token_ids.ndim == 2 and item.token_ids.shape[1] > 0, where, "must be [tokens, ids]")
+        fits = item.token_ids.ndim == 2 and item.token_ids.shape[1] == num_ids
+        require(fits, where, f"must be [tokens, num_ids = {num_ids}]")
         require(len(item.token_ids) == rows, where, f"has {len(item.token_ids)} rows for {rows} completion tokens")
         ordered = np.sort(item.token_ids, axis=1)
         require(not bool((ordered[:, 1:] == ordered[:, :-1]).any()), where, "repeats an id within one position")
@@ -96,9 +112,7 @@ class ScoreResponse:
     scores: tuple[TeacherScores, ...]
 
 
-def unscored(
-    identity: TeacherIdentity, status: int, *, num_tokens: int, top_k: int, num_ids: int, entropy: bool
-) -> TeacherScores:
+def unscored(identity: TeacherIdentity, status: int, *, num_tokens: int, ask: Ask) -> TeacherScores:
     """NaN for every number that was asked for (-1 for ids): what is missing must not look like a measurement."""
 
     def missing(*shape: int) -> FloatArray:
@@ -108,19 +122,22 @@ def unscored(
         status=status,
         identity=identity,
         sampled=missing(num_tokens),
-        topk_ids=np.full((num_tokens, top_k), -1, np.int32) if top_k else None,
-        topk_logprobs=missing(num_tokens, top_k) if top_k else None,
-        topk_tail=missing(num_tokens) if top_k else None,
-        ids_logprobs=missing(num_tokens, num_ids) if num_ids else None,
-        ids_tail=missing(num_tokens) if num_ids else None,
-        entropy=missing(num_tokens) if entropy else None,
+        topk_ids=np.full((num_tokens, ask.top_k), -1, np.int32) if ask.top_k else None,
+        topk_logprobs=missing(num_tokens, ask.top_k) if ask.top_k else None,
+        topk_tail=missing(num_tokens) if ask.top_k else None,
+        ids_logprobs=missing(num_tokens, ask.num_ids) if ask.num_ids else None,
+        ids_tail=missing(num_tokens) if ask.num_ids else None,
+        entropy=missing(num_tokens) if ask.entropy else None,
+        drawn_ids=np.full((num_tokens, ask.draws), -1, np.int32) if ask.draws else None,
+        drawn_logprobs=missing(num_tokens, ask.draws) if ask.draws else None,
+        hidden=np.full((num_tokens, ask.hidden), MISSING_HALF, np.uint16) if ask.hidden else None,
     )
 
 
 class Capabilities(Part):
     """What `GET /v1/capabilities` says of a teacher server."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     revision: str
     tokenizer_fingerprint: str
@@ -133,7 +150,12 @@ class Capabilities(Part):
     max_items: int
     max_tokens: int
     max_top_k: int
+    """Also of draws, and of ids that a caller chooses."""
     max_body_bytes: int
+    hidden_size: int
+    """Of the states that can be asked for; 0: this teacher does not send them."""
+    head_id: str
+    """Digest of the head's weights: whoever multiplies states with a head must have this one. Empty without states."""
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -144,12 +166,13 @@ class Capabilities(Part):
 
 __all__ = [
     "MAX_TOP_K",
+    "MISSING_HALF",
     "SCHEMA_VERSION",
+    "Ask",
     "Capabilities",
     "ScoreItem",
     "ScoreRequest",
     "ScoreResponse",
-    "Want",
     "WireError",
     "unscored",
 ]

@@ -47,6 +47,7 @@ class GenerationRequest:
     id: str
     prompt_ids: IntArray  # [P], P >= 1
     seed: int
+    max_new_tokens: int | None = None  # of this one, at most the sampling's; None: as it says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,8 @@ class Completion:
     support_logprobs: FloatArray | None  # [T, K] of the student itself: temperature 1, nothing cut off
     weight_versions: IntArray  # [T]
     finish_reason: FinishReason
+    draw_ids: IntArray | None = None  # [T, M] further draws from what each token was sampled from; None as logprobs NaN
+    draw_logprobs: FloatArray | None = None  # [T, M]
 
 
 class RolloutEngine(Protocol):
@@ -76,6 +79,8 @@ class RolloutEngine(Protocol):
         self, requests: Sequence[GenerationRequest], sampling: SamplingConfig, *, want_logprobs: bool, support_k: int
     ) -> list[Completion]:
         """Write one completion per request, in the requests' order. `support_k` 0: no support.
+
+        With log-probs come the draws that the engine was built to keep: they change nothing that is written.
 
         Raises ConfigError for a request that cannot be written, NonFinite when the student's own numbers are NaN or
         infinite, WorkerLost when the engine is dead.
@@ -103,9 +108,11 @@ def build_engine(
     version: int,
     threads: int,
     max_model_len: int,
+    num_draws: int = 0,
 ) -> RolloutEngine:
     """Load `model` as weights version `version`, held as `dtype`, into the engine of that name.
 
+    `num_draws` independent draws are kept at every position, beside the token that is written.
     `stop_token_id` is the tokenizer's; the model's generation_config.json is never read.
     Sets ENVIRONMENT for this process. The OMP settings bind only where torch has not been imported before.
     Raises ConfigError for an unknown name, a folder that is no model, and more positions than the model has.
@@ -120,16 +127,21 @@ def build_engine(
 
         return TransformersEngine(
             model=model, dtype=dtype, stop_token_id=stop_token_id, version=version, threads=threads,
-            max_model_len=max_model_len,
+            max_model_len=max_model_len, num_draws=num_draws,
         )  # fmt: skip
     if name == "vllm":
         from rollout_worker.vllm_engine import VllmEngine
 
         return VllmEngine(
             model=model, dtype=dtype, stop_token_id=stop_token_id, version=version, threads=threads,
-            max_model_len=max_model_len,
+            max_model_len=max_model_len, num_draws=num_draws,
         )  # fmt: skip
     raise ConfigError(f'rollout.engine {name!r} is not known: write "transformers" or "vllm"')
+
+
+def num_new(request: GenerationRequest, sampling: SamplingConfig) -> int:
+    """Tokens of the request's completion, at most."""
+    return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
 
 def check_requests(
@@ -149,12 +161,17 @@ def check_requests(
         length = len(request.prompt_ids)
         if length == 0:
             raise ConfigError(f"request {request.id}: the prompt is empty")
-        if length + sampling.max_new_tokens > max_model_len:
+        if length + num_new(request, sampling) > max_model_len:
             raise ConfigError(
                 f"request {request.id}: {length} prompt tokens and rollout.sampling.max_new_tokens "
-                f"{sampling.max_new_tokens} exceed the {max_model_len} positions of the engine"
+                f"{num_new(request, sampling)} exceed the {max_model_len} positions of the engine"
             )
         if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= vocab_size:
             raise ConfigError(f"request {request.id}: a prompt id lies outside the vocabulary of {vocab_size}")
+        if not 1 <= num_new(request, sampling) <= sampling.max_new_tokens:
+            raise ConfigError(
+                f"request {request.id}: max_new_tokens is {request.max_new_tokens}, "
+                f"of {sampling.max_new_tokens} at most"
+            )
         if not 0 <= request.seed < 2**63:
             raise ConfigError(f"request {request.id}: seed {request.seed} is not in [0, 2**63)")

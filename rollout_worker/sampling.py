@@ -3,7 +3,7 @@
 Pure. Reads no generation_config.json, keeps no random state: a uniform number per request and position goes in.
 Truncation is vLLM's: temperature first, then top-k, then top-p of what top-k left.
 
-Shapes: B rows (one per completion being written), V vocabulary, T positions, K support.
+Shapes: B rows (one per completion being written), V vocabulary, T positions, K support, M draws of a row.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ from potstill.errors import NonFinite
 
 
 def vllm_arguments(
-    sampling: SamplingConfig, *, seed: int, stop_token_id: int, want_logprobs: bool, support_k: int
+    sampling: SamplingConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    stop_token_id: int,
+    want_logprobs: bool,
+    support_k: int,
+    num_draws: int,
 ) -> dict[str, Any]:
-    """Every public field of vLLM's SamplingParams except `output_kind`, so that no default decides a number."""
+    """Every public field of vLLM's SamplingParams except `output_kind`, so that no default decides a number.
+
+    Its `logprobs` counts what vllm_sampler.py reports at a position beside the sampled token.
+    """
     return {
         "n": 1,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": max_new_tokens,
         "min_tokens": 0,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -40,7 +50,7 @@ def vllm_arguments(
         "stop_token_ids": [stop_token_id],
         "ignore_eos": True,  # the model's own idea of its end token; ours is in stop_token_ids
         "include_stop_str_in_output": True,
-        "logprobs": support_k if want_logprobs or support_k else None,
+        "logprobs": num_draws + support_k if want_logprobs or support_k else None,
         "flat_logprobs": True,
         "logprob_token_ids": None,
         "prompt_logprobs": None,
@@ -70,25 +80,42 @@ def uniforms(seeds: Sequence[int], num_positions: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the distribution function, and its log-prob under what was sampled from.
+class Dice:
+    """Uniform numbers for draws that nobody writes: a stream of its own for each seed, beside that of `uniforms`."""
 
-    Returns ids [B] int64 and log-probs [B] float32, NaN where the choice is greedy. Raises NonFinite.
+    def __init__(self, seeds: Sequence[int]) -> None:
+        streams = (np.random.SeedSequence(seed, spawn_key=(1,)) for seed in seeds)
+        self._dice = [np.random.Generator(np.random.Philox(stream)) for stream in streams]
+
+    def throw(self, rows: Sequence[int], num_draws: int) -> Tensor:
+        """[len(rows), M] float64 in [0, 1): the next of each row's stream."""
+        return torch.from_numpy(np.stack([self._dice[row].random(num_draws) for row in rows]))
+
+
+def choose(logits_BV: Tensor, uniforms_BM: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Tokens of each row, one for each uniform number, and their log-probs under what was sampled from.
+
+    Returns ids [B, M] int64 and log-probs [B, M] float32, NaN where the choice is greedy. Raises NonFinite.
     """
     if sampling.temperature == 0:
         top_B, ids_B = logits_BV.max(dim=-1)
         _check_finite(top_B)
-        return ids_B, torch.full_like(top_B, torch.nan)
-    shifted_BV = processed_logits(logits_BV, sampling)
-    shifted_BV = shifted_BV - shifted_BV.amax(dim=-1, keepdim=True)
+        ids_BM = ids_B[:, None].expand(uniforms_BM.shape)
+        return ids_BM, torch.full(ids_BM.shape, torch.nan)
+    ids_BM, logprobs_BM = draw(processed_logits(logits_BV, sampling), uniforms_BM)
+    _check_finite(logprobs_BM)
+    return ids_BM, logprobs_BM
+
+
+def draw(logits_BV: Tensor, uniforms_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, M] ids by inverting the distribution function, and their log-probs: NaN where the logits are not finite."""
+    shifted_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
     # float64: over a large vocabulary a float32 running sum loses the small probabilities.
     mass_BV = shifted_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     total_B1 = mass_BV[:, -1:]
-    _check_finite(total_B1)
     # The first id whose running sum exceeds the draw: an id of probability 0 is never the first.
-    ids_B1 = torch.searchsorted(mass_BV, uniforms_B[:, None] * total_B1, right=True)
-    logprobs_B1 = shifted_BV.gather(-1, ids_B1) - total_B1.log()
-    return ids_B1[:, 0], logprobs_B1[:, 0].float()
+    ids_BM = torch.searchsorted(mass_BV, uniforms_BM * total_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
+    return ids_BM, (shifted_BV.gather(-1, ids_BM) - total_B1.log()).float()
 
 
 def processed_logits(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -27,10 +27,10 @@ from potstill.config import SamplingConfig
 from potstill.errors import WorkerLost
 from potstill.types import FinishReason, WeightsVersion
 from potstill.weights import check_fits, check_newer, shapes_in, unpack
-from rollout_worker.engine import Completion, GenerationRequest, check_requests
+from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
 from rollout_worker.model_decoder import ModelDecoder
 from rollout_worker.packed_decoder import PackedDecoder, can_decode
-from rollout_worker.sampling import choose, support, uniforms
+from rollout_worker.sampling import Dice, choose, support, uniforms
 from rollout_worker.tensors import as_tensor
 
 CACHE_BYTES = 1 << 30  # keys and values of one batch; more requests than fit are written batch after batch
@@ -56,7 +56,15 @@ class TransformersEngine:
     """RolloutEngine over PackedDecoder where it fits the model, and over transformers' own forward elsewhere."""
 
     def __init__(
-        self, *, model: Path, dtype: str, stop_token_id: int, version: int, threads: int, max_model_len: int
+        self,
+        *,
+        model: Path,
+        dtype: str,
+        stop_token_id: int,
+        version: int,
+        threads: int,
+        max_model_len: int,
+        num_draws: int,
     ) -> None:
         self._config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         self._shapes = shapes_in(model)
@@ -64,6 +72,7 @@ class TransformersEngine:
         self._stop_token_id = stop_token_id
         self._version = version
         self._max_model_len = max_model_len
+        self._num_draws = num_draws
         # torch counts threads per calling thread: only the worker thread's own setting steers its products.
         self._thread = ThreadPoolExecutor(1, "student", initializer=torch.set_num_threads, initargs=(threads,))
         self._closed = False
@@ -134,20 +143,27 @@ class TransformersEngine:
     def _write(
         self, requests: Sequence[GenerationRequest], sampling: SamplingConfig, want_logprobs: bool, support_k: int
     ) -> list[Completion]:
-        num_new = sampling.max_new_tokens
-        draws_BT = uniforms([request.seed for request in requests], num_new)
-        tape = _Tape(len(requests), num_new, support_k)
-        cache, logits = self._read_prompts(requests, num_new)
+        seeds = [request.seed for request in requests]
+        limits = torch.tensor([num_new(request, sampling) for request in requests])
+        longest = int(limits.max())
+        uniforms_BT, dice = uniforms(seeds, longest), Dice(seeds)
+        num_draws = self._num_draws if want_logprobs and sampling.temperature > 0 else 0
+        tape = _Tape(limits, support_k, num_draws)
+        cache, logits = self._read_prompts(requests, longest)
         rows = torch.arange(len(requests))  # the request of each row of the batch
         unfinished = torch.ones(len(requests), dtype=torch.bool)
-        for position in range(num_new):
-            ids, logprobs = choose(logits, draws_BT[rows, position], sampling)
-            tape.record(position, rows, ids, logprobs, logits)
-            ended = unfinished & (ids == self._stop_token_id)
+        for position in range(longest):
+            numbers = uniforms_BT[rows, position, None]
+            if num_draws:
+                numbers = torch.cat((numbers, dice.throw(rows.tolist(), num_draws)), dim=1)
+            chosen, logprobs = choose(logits, numbers, sampling)
+            tape.record(position, rows, chosen, logprobs, logits)
+            ids = chosen[:, 0]
+            ended = unfinished & ((ids == self._stop_token_id) | (limits[rows] == position + 1))
             tape.lengths[rows[ended]] = position + 1
             unfinished &= ~ended
             num_unfinished = int(unfinished.sum())
-            if num_unfinished == 0 or position + 1 == num_new:
+            if num_unfinished == 0:
                 break
             if num_unfinished < COMPACT_BELOW * len(rows):
                 kept = unfinished.nonzero()[:, 0]
@@ -184,16 +200,18 @@ class TransformersEngine:
 class _Tape:
     """What each request has written so far. Rows that ended may be written on: their length says what counts."""
 
-    def __init__(self, num_requests: int, num_new: int, support_k: int) -> None:
-        self.lengths = torch.full((num_requests,), num_new)
-        self._ids = torch.empty(num_requests, num_new, dtype=torch.int32)
-        self._logprobs = torch.full((num_requests, num_new), torch.nan)
+    def __init__(self, limits: Tensor, support_k: int, num_draws: int) -> None:
+        size = (len(limits), int(limits.max()))
+        self.lengths = limits.clone()
+        self._num_draws = num_draws
+        self._chosen_ids = torch.empty(*size, 1 + num_draws, dtype=torch.int32)  # the written token, then the draws
+        self._logprobs = torch.empty(*size, 1 + num_draws)
         self._support_k = support_k
-        self._support_ids = torch.empty(num_requests, num_new, support_k, dtype=torch.int32)
-        self._support_logprobs = torch.empty(num_requests, num_new, support_k)
+        self._support_ids = torch.empty(*size, support_k, dtype=torch.int32)
+        self._support_logprobs = torch.empty(*size, support_k)
 
-    def record(self, position: int, rows: Tensor, ids: Tensor, logprobs: Tensor, logits: Tensor) -> None:
-        self._ids[rows, position] = ids.int()
+    def record(self, position: int, rows: Tensor, chosen: Tensor, logprobs: Tensor, logits: Tensor) -> None:
+        self._chosen_ids[rows, position] = chosen.int()
         self._logprobs[rows, position] = logprobs
         if self._support_k:
             support_ids, support_logprobs = support(logits, self._support_k)
@@ -202,13 +220,16 @@ class _Tape:
 
     def completions(self, stop_token_id: int, version: int, want_logprobs: bool) -> Iterator[Completion]:
         for row, length in enumerate(self.lengths.tolist()):
-            ids = self._ids[row, :length].numpy().copy()
-            logprobs = self._logprobs[row, :length].numpy().copy()
+            chosen = self._chosen_ids[row, :length].numpy()
+            logprobs = self._logprobs[row, :length].numpy()
+            ids = chosen[:, 0].copy()
             yield Completion(
                 token_ids=ids,
-                logprobs=logprobs if want_logprobs else np.full(length, np.nan, np.float32),
+                logprobs=logprobs[:, 0].copy() if want_logprobs else np.full(length, np.nan, np.float32),
                 support_ids=self._support_ids[row, :length].numpy().copy() if self._support_k else None,
                 support_logprobs=self._support_logprobs[row, :length].numpy().copy() if self._support_k else None,
                 weight_versions=np.full(length, version, np.int32),
                 finish_reason=FinishReason.STOP if ids[-1] == stop_token_id else FinishReason.LENGTH,
+                draw_ids=chosen[:, 1:].copy() if self._num_draws else None,
+                draw_logprobs=logprobs[:, 1:].copy() if self._num_draws else None,
             )

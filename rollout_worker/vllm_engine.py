@@ -35,7 +35,7 @@ from potstill.config import SamplingConfig
 from potstill.errors import ConfigError, NonFinite, WeightsError, WorkerLost
 from potstill.types import FinishReason, WeightsVersion
 from potstill.weights import Array, check_fits, check_newer, shapes_in, unpack
-from rollout_worker.engine import Completion, GenerationRequest, check_requests
+from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
 from rollout_worker.sampling import vllm_arguments
 from rollout_worker.tensors import as_tensor
 from rollout_worker.vllm_sampler import StudentSampler
@@ -52,13 +52,22 @@ class VllmEngine:
     """RolloutEngine over vLLM's LLMEngine."""
 
     def __init__(
-        self, *, model: Path, dtype: str, stop_token_id: int, version: int, threads: int, max_model_len: int
+        self,
+        *,
+        model: Path,
+        dtype: str,
+        stop_token_id: int,
+        version: int,
+        threads: int,
+        max_model_len: int,
+        num_draws: int,
     ) -> None:
         self._shapes = shapes_in(model)
         self._dtype = dtype
         self._stop_token_id = stop_token_id
         self._version = version
         self._max_model_len = max_model_len
+        self._num_draws = num_draws
         self._names = itertools.count()
         self._waiting: dict[str, Future[CompletionOutput]] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
@@ -85,7 +94,7 @@ class VllmEngine:
             *(self._write(request, sampling, want_logprobs, support_k) for request in requests)
         )
         has_logprobs = want_logprobs and sampling.temperature > 0
-        return [_completion(output, has_logprobs, support_k) for output in outputs]
+        return [_completion(output, has_logprobs, self._num_draws, support_k) for output in outputs]
 
     async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> None:
         async with self._swapping:
@@ -104,10 +113,12 @@ class VllmEngine:
     ) -> CompletionOutput:
         arguments = vllm_arguments(
             sampling,
+            max_new_tokens=num_new(request, sampling),
             seed=request.seed,
             stop_token_id=self._stop_token_id,
             want_logprobs=want_logprobs,
             support_k=support_k,
+            num_draws=self._num_draws,
         )
         params = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
         name = str(next(self._names))
@@ -135,7 +146,7 @@ class VllmEngine:
         try:
             torch.set_num_threads(threads)  # counted per calling thread
             with _ONE_AT_A_TIME:
-                engine = _start(model, self._dtype, self._max_model_len)
+                engine = _start(model, self._dtype, self._max_model_len, self._num_draws)
         except BaseException as error:
             started.set_exception(error)  # raised where the engine is being built
             return
@@ -209,7 +220,7 @@ class VllmEngine:
                 done.set_exception(WorkerLost(reason))
 
 
-def _start(model: Path, dtype: str, max_model_len: int) -> LLMEngine:
+def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEngine:
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(model),
@@ -230,7 +241,7 @@ def _start(model: Path, dtype: str, max_model_len: int) -> LLMEngine:
             disable_log_stats=True,
         )
     )
-    engine.model_executor.driver_worker.model_runner.sampler = StudentSampler()
+    engine.model_executor.driver_worker.model_runner.sampler = StudentSampler(num_draws)
     return engine
 
 
@@ -241,22 +252,25 @@ def _repack_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _completion(output: CompletionOutput, has_logprobs: bool, support_k: int) -> Completion:
+def _completion(output: CompletionOutput, has_logprobs: bool, num_draws: int, support_k: int) -> Completion:
     length = len(output.token_ids)
     versions = np.full(length, -1, np.int32)
     for span in output.weight_versions:
         versions[span.start : span.end] = int(span.version)
     logprobs = np.full(length, np.nan, np.float32)
-    support_ids = support_logprobs = None
-    if output.logprobs is not None:  # per position: the sampled token, then the support
-        entries = np.asarray(output.logprobs.logprobs, np.float32).reshape(length, 1 + support_k)
+    support_ids = support_logprobs = draw_ids = draw_logprobs = None
+    if output.logprobs is not None:  # per position: the sampled token, then the draws, then the support
+        first = 1 + num_draws  # of the support
+        entries = np.asarray(output.logprobs.logprobs, np.float32).reshape(length, first + support_k)
+        ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(length, first + support_k)
         if not np.isfinite(entries[:, 0]).all():
             raise NonFinite("the student's logits are NaN or infinite: its weights are not usable")
         if has_logprobs:
             logprobs = entries[:, 0].copy()
+        if has_logprobs and num_draws:
+            draw_ids, draw_logprobs = ids[:, 1:first].copy(), entries[:, 1:first].copy()
         if support_k:
-            ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(length, 1 + support_k)
-            support_ids, support_logprobs = ids[:, 1:].copy(), entries[:, 1:].copy()
+            support_ids, support_logprobs = ids[:, first:].copy(), entries[:, first:].copy()
     return Completion(
         token_ids=np.asarray(output.token_ids, np.int32),
         logprobs=logprobs,
@@ -264,4 +278,6 @@ def _completion(output: CompletionOutput, has_logprobs: bool, support_k: int) ->
         support_logprobs=support_logprobs,
         weight_versions=versions,
         finish_reason=FinishReason(output.finish_reason),
+        draw_ids=draw_ids,
+        draw_logprobs=draw_logprobs,
     )

@@ -7,32 +7,44 @@ Ends with exit code 0 on SIGTERM and SIGINT, once the requests it has accepted a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import secrets
 import signal
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.errors import ConfigError, PotstillError
+from potstill.processes import end_with_parent
 from potstill.tokenization import check_model_folder
+from teacher_server import logs
 from teacher_server.limits import Limits
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-_PARENT_POLL_S = 0.5
+    from teacher_server.backbone import Backbone
+
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin slow every other process on shared cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for the ready line
+}
+"""Of a process that runs vLLM, set before torch and vllm are imported."""
+
 _GRACE_S = 20
+_KEEP_ALIVE_S = 30  # longer than clients keep an idle connection, so that none is closed just as it is used again
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.exit_with_parent:
-        _end_with_parent(os.getppid())
+        end_with_parent(os.getppid())
     try:
         _serve(options)
     except PotstillError as error:
@@ -46,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="folder with config.json, *.safetensors, tokenizer and chat template")
     parser.add_argument("--name", help="how clients call the model (default: the folder's name)")
     parser.add_argument("--revision", help="of the weights (default: a digest of their bytes)")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="who runs the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free one; the ready line says which")
@@ -53,8 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--key-env", metavar="NAME", help="environment variable that holds the bearer key")
     key.add_argument("--key-file", type=Path, metavar="PATH", help="file that holds the bearer key")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
-    parser.add_argument("--batch-tokens", type=int, default=16_384, help="padded tokens of one forward pass")
+    parser.add_argument("--batch-tokens", type=int, default=16_384, help="tokens read at a time, shared contexts once")
     parser.add_argument("--chunk-rows", type=int, default=1024, help="rows of logits that exist at a time")
+    parser.add_argument("--window-ms", type=float, default=3.0, help="an idle machine waits this long to fill a batch")
+    parser.add_argument("--accept-weights", action="store_true", help="let clients push new weights: POST /v1/weights")
     for name, explanation in _LIMITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=explanation)
     parser.add_argument("--exit-with-parent", action="store_true", help="end when the process that started this ends")
@@ -67,6 +82,8 @@ _LIMITS = {
     "max_top_k": "entries of a top-k, and ids per position that a caller chooses",
     "max_body_bytes": "of one request",
     "queue_tokens": "waiting and being scored; beyond it requests get 503",
+    "inflight_requests": "from headers to answer; beyond it requests get 503",
+    "inflight_bytes": "of bodies and answers; beyond it requests get 503",
 }
 
 
@@ -91,8 +108,16 @@ def _serve(options: argparse.Namespace) -> None:
     # uvicorn raises the signal it was stopped by once more when it is done: by then there is nothing left to do.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
+    config = uvicorn.Config(
+        app,
+        log_level="critical",  # its tracebacks quote what errors say; logs.py writes ours
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    gc.freeze()  # what is loaded by now stays: to look through it again would stop every answer for a while
     Server(config).run(sockets=[listener])
+    gc.unfreeze()
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -108,26 +133,44 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _build(options: argparse.Namespace, limits: Limits, key: str) -> ASGIApp:
     """Load what is heavy, only after the options were found sound."""
-    import structlog
+    if options.engine == "vllm":
+        os.environ.update(VLLM_ENVIRONMENT, OMP_NUM_THREADS=str(options.threads))
     import torch
     import transformers
 
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
+    logs.start()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     from teacher_server.app import create_app
     from teacher_server.batching import ScoringQueue
-    from teacher_server.engine import TransformersTeacher
+    from teacher_server.engine import ScoringTeacher
+    from teacher_server.weights_route import Versions
 
-    teacher = TransformersTeacher(
+    teacher = ScoringTeacher(
+        _backbone(options),
         options.model,
         name=options.name or options.model.resolve().name,
-        dtype=options.dtype,
         revision=options.revision,
         chunk_rows=options.chunk_rows,
     )
-    queue = ScoringQueue(teacher.score, capacity=limits.queue_tokens, batch_tokens=options.batch_tokens)
-    return create_app(teacher, queue, limits, key)
+    queue = ScoringQueue(
+        teacher.score,
+        capacity=limits.queue_tokens,
+        batch_tokens=options.batch_tokens,
+        window_s=options.window_ms / 1000,
+    )
+    versions = Versions(teacher, options.model) if options.accept_weights else None
+    return create_app(teacher, queue, limits, key, versions)
+
+
+def _backbone(options: argparse.Namespace) -> Backbone:
+    if options.engine == "vllm":
+        from teacher_server.vllm_backbone import VllmBackbone
+
+        return VllmBackbone(options.model, dtype=options.dtype, batch_tokens=options.batch_tokens)
+    from teacher_server.transformers_backbone import TransformersBackbone
+
+    return TransformersBackbone(options.model, dtype=options.dtype)
 
 
 def _key(options: argparse.Namespace) -> str:
@@ -148,21 +191,6 @@ def _key(options: argparse.Namespace) -> str:
     if not key:
         raise ConfigError(f"{where}: holds no key")
     return key
-
-
-def _end_with_parent(parent: int) -> None:
-    """Send ourselves SIGTERM once `parent` is gone.
-
-    Asking for our parent's id needs no privileges and works everywhere. Linux's PR_SET_PDEATHSIG does not fit: it
-    fires when the *thread* that started us ends, which may be long before its process does.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_S)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _say(line: str) -> None:

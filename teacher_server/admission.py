@@ -6,6 +6,8 @@ many tokens, ids it does not know, contexts that do not fit.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from potstill.algebra.objective import Tier
 from potstill.tokenization import render
 from potstill.types import IntArray, TeacherIdentity
-from potstill.wire import Capabilities, ScoreItem, ScoreRequest
+from potstill.wire import Ask, Capabilities, ScoreItem, ScoreRequest
 from teacher_server.batching import Job
 from teacher_server.limits import Limits, Refusal
 
@@ -26,6 +28,8 @@ class Teacher(Protocol):
     identity: TeacherIdentity
     vocabulary: int
     context_length: int
+    hidden_size: int
+    head_id: str
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -35,13 +39,15 @@ def capabilities(teacher: Teacher, limits: Limits) -> Capabilities:
         model=teacher.identity.name,
         revision=teacher.identity.revision,
         tokenizer_fingerprint=teacher.identity.tokenizer_fingerprint,
-        tier=Tier.IDS,
+        tier=Tier.FULL,
         context_length=teacher.context_length,
         vocabulary=teacher.vocabulary,
         max_items=limits.max_items,
         max_tokens=limits.max_tokens,
         max_top_k=min(limits.max_top_k, teacher.vocabulary),
         max_body_bytes=limits.max_body_bytes,
+        hidden_size=teacher.hidden_size,
+        head_id=teacher.head_id,
     )
 
 
@@ -53,13 +59,48 @@ def admit(request: ScoreRequest, teacher: Teacher, limits: Limits) -> list[Job]:
         raise Refusal(
             413, "request_too_large", f"{len(request.items)} items; at most {able.max_items} at a time", "items"
         )
-    if request.top_k > able.max_top_k:
-        raise Refusal(400, "invalid_value", f"top_k is {request.top_k}; at most {able.max_top_k} here", "top_k")
+    for name in ("top_k", "num_ids", "draws"):
+        if (value := getattr(request.ask, name)) > able.max_top_k:
+            raise Refusal(400, "invalid_value", f"{name} is {value}; at most {able.max_top_k} here", name)
+    if request.ask.draws and request.ask.top_k == able.vocabulary:
+        raise Refusal(400, "invalid_value", "a top-k of the whole vocabulary leaves nothing to draw from", "draws")
+    if request.ask.hidden not in {0, able.hidden_size}:
+        raise Refusal(400, "invalid_value", f"this teacher's states are {able.hidden_size} wide", "hidden")
     jobs = [_job(item, f"items[{index}]", request, teacher, able) for index, item in enumerate(request.items)]
     num_tokens = sum(len(job.input_ids) for job in jobs)
     if num_tokens > able.max_tokens:
         raise Refusal(413, "request_too_large", f"{num_tokens} tokens; at most {able.max_tokens} at a time", "items")
     return jobs
+
+
+def check_revision(request: ScoreRequest, identity: TeacherIdentity) -> None:
+    """Raise Refusal unless these are the weights that the client expects.
+
+    Asked twice, before the queue and of the scores: new weights may have been loaded in between.
+    """
+    if request.expect_revision not in {None, identity.revision}:
+        message = f"the teacher's weights are revision {identity.revision}, not the one expected"
+        raise Refusal(412, "revision_mismatch", message, "expect_revision")
+
+
+def check_json_answer(jobs: Sequence[Job], limits: Limits) -> None:
+    """Raise Refusal when the answer to `jobs` is too large to be written as JSON."""
+    num_numbers = sum(len(job.completion_ids) * _numbers_per_token(job.ask) for job in jobs)
+    if num_numbers > limits.max_json_numbers:
+        message = (
+            f"the answer has {num_numbers} numbers; at most {limits.max_json_numbers} as JSON, safetensors has more"
+        )
+        raise Refusal(413, "request_too_large", message, "items")
+
+
+def answer_bytes(jobs: Sequence[Job]) -> int:
+    """Upper bound of what the scores of `jobs` take."""
+    return sum(len(job.completion_ids) * 4 * _numbers_per_token(job.ask) for job in jobs)
+
+
+def _numbers_per_token(ask: Ask) -> int:
+    """Of an answer, each of four bytes at most: log-probs, tails and an entropy, ids and log-probs, a state."""
+    return 4 + 2 * (ask.top_k + ask.draws) + ask.num_ids + ask.hidden
 
 
 def _check_expectations(request: ScoreRequest, identity: TeacherIdentity) -> None:
@@ -68,9 +109,7 @@ def _check_expectations(request: ScoreRequest, identity: TeacherIdentity) -> Non
     if request.expect_tokenizer_fingerprint not in {None, identity.tokenizer_fingerprint}:
         message = "the teacher's tokenizer is not the one expected: its token ids mean other text"
         raise Refusal(422, "tokenizer_mismatch", message, "expect_tokenizer_fingerprint")
-    if request.expect_revision not in {None, identity.revision}:
-        message = f"the teacher's weights are revision {identity.revision}, not the one expected"
-        raise Refusal(412, "revision_mismatch", message, "expect_revision")
+    check_revision(request, identity)
 
 
 def _job(item: ScoreItem, where: str, request: ScoreRequest, teacher: Teacher, able: Capabilities) -> Job:
@@ -79,9 +118,6 @@ def _job(item: ScoreItem, where: str, request: ScoreRequest, teacher: Teacher, a
         if ids is not None and ids.size and ids.max() >= able.vocabulary:
             message = f"holds id {ids.max()}; this teacher's tokenizer has {able.vocabulary}"
             raise Refusal(400, "invalid_value", message, f"{where}.{name}")
-    if item.token_ids is not None and item.token_ids.shape[1] > able.max_top_k:
-        message = f"{item.token_ids.shape[1]} ids per position; at most {able.max_top_k} here"
-        raise Refusal(400, "invalid_value", message, f"{where}.token_ids")
     context = _context(item, where, teacher.tokenizer)
     input_ids = np.concatenate([context, item.completion_ids[:-1]])
     if len(input_ids) > able.context_length:
@@ -91,9 +127,14 @@ def _job(item: ScoreItem, where: str, request: ScoreRequest, teacher: Teacher, a
         input_ids=input_ids,
         completion_ids=item.completion_ids,
         token_ids=item.token_ids,
-        top_k=request.top_k,
-        entropy="entropy" in request.want,
+        ask=request.ask,
+        seed=_seed(request.seed, item.id),
     )
+
+
+def _seed(seed: int, item_id: str) -> int:
+    """Of one item's draws: with one seed for all, items that are alike would draw alike, and nothing averages out."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{item_id}".encode()).digest()[:8], "big")
 
 
 def _context(item: ScoreItem, where: str, tokenizer: PreTrainedTokenizerBase) -> IntArray:

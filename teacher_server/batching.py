@@ -1,9 +1,11 @@
 """A bounded queue of scoring jobs and the one thread that drains it, batch by batch.
 
-    submit (any thread) ──► pending ──► worker: sort by length, cut into batches, score ──► futures
+    submit (any thread) ──► turns ──► thread: deal a round, cut it into batches, score ──► futures
+    between (any thread) ─► barrier ─► thread: run it, when all in front of it is scored
 
 Bounded by tokens, not by requests: a job that does not fit is refused at once with the time to wait, never parked.
-A job whose future is cancelled leaves the queue's count at once and is not scored. It knows no torch and no HTTP.
+A job leaves the queue at once when its future is cancelled, and is not scored once its deadline has passed.
+It knows no torch and no HTTP.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
-from potstill.errors import TeacherUnavailable
+from potstill.errors import TeacherUnavailable, WeightsError
 from potstill.types import IntArray, TeacherIdentity, TeacherScores
-from potstill.wire import unscored
+from potstill.wire import Ask, unscored
+from teacher_server.batches import cut
+from teacher_server.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -31,24 +36,21 @@ class Job:
 
     input_ids: IntArray  # [L], L >= T
     completion_ids: IntArray  # [T]; token t is predicted by position L - T + t
-    token_ids: IntArray | None  # [T, K]
-    top_k: int
-    entropy: bool
+    token_ids: IntArray | None  # [T, ask.num_ids]
+    ask: Ask
+    seed: int  # of this job's draws
 
     @property
-    def num_ids(self) -> int:
-        return 0 if self.token_ids is None else self.token_ids.shape[1]
+    def context_length(self) -> int:
+        """Tokens in front of the completion."""
+        return len(self.input_ids) - len(self.completion_ids) + 1
 
     def unscored(self, identity: TeacherIdentity, status: int) -> TeacherScores:
         """The answer to this job when there is none."""
-        return unscored(
-            identity,
-            status,
-            num_tokens=len(self.completion_ids),
-            top_k=self.top_k,
-            num_ids=self.num_ids,
-            entropy=self.entropy,
-        )
+        return unscored(identity, status, num_tokens=len(self.completion_ids), ask=self.ask)
+
+
+Scored = Future[TeacherScores | None]
 
 
 class QueueFull(TeacherUnavailable):
@@ -59,21 +61,60 @@ class QueueFull(TeacherUnavailable):
         return int(self.args[1])
 
 
-class ScoringQueue:
-    """Jobs in, futures of TeacherScores out; a future holds None when the batch of its job failed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReport:
+    """One pass of the model, for whoever counts."""
 
-    `score` runs on one thread only. `batch_tokens` bounds a batch's padded size; a longer job is a batch by itself.
+    num_jobs: int
+    num_tokens: int
+    waits_s: tuple[float, ...]  # per job, from submission to the start of its batch
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ticket:
+    """A job's place in the queue. Times are time.monotonic()'s."""
+
+    job: Job
+    future: Scored
+    since: float
+    deadline: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.job.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Barrier:
+    action: Callable[[], None]
+    future: Future[None]
+
+
+class ScoringQueue:
+    """Jobs in, futures of TeacherScores out; a future holds None when its job failed, or the thread has ended.
+
+    `score` and barriers run on one thread only. `batch_tokens` bounds the tokens that a batch reads; a longer job is a
+    batch by itself. `window_s` is how long an idle machine lets the first batch gather company; a busy one never waits.
     """
 
     def __init__(
-        self, score: Callable[[Sequence[Job]], Sequence[TeacherScores]], *, capacity: int, batch_tokens: int
+        self,
+        score: Callable[[Sequence[Job]], Sequence[TeacherScores]],
+        *,
+        capacity: int,
+        batch_tokens: int,
+        window_s: float,
     ) -> None:
         self._score = score
         self._capacity = capacity
         self._batch_tokens = batch_tokens
-        self._pending: list[tuple[Job, Future[TeacherScores | None]]] = []
+        self._window_s = window_s
+        self._turns: Turns[_Ticket, _Barrier] = Turns()
+        self._round: Sequence[_Ticket] = ()
         self._tokens = 0
         self._tokens_per_s = 0.0  # of the latest batch; 0 until there was one
+        self._watchers: list[Callable[[BatchReport], None]] = []
         self._closing = False
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="scoring", daemon=True)
@@ -88,19 +129,43 @@ class ScoringQueue:
     def alive(self) -> bool:
         return self._worker.is_alive() and not self._closing
 
-    def submit(self, jobs: Sequence[Job]) -> list[Future[TeacherScores | None]]:
-        """Take all of the jobs, or raise QueueFull and take none."""
-        futures: list[Future[TeacherScores | None]] = [Future() for _ in jobs]
-        total = sum(len(job.input_ids) for job in jobs)
+    @property
+    def seconds_to_drain(self) -> int:
+        """Clamped to 1..120, beyond which OpenAI's clients give up."""
+        seconds = self._tokens / self._tokens_per_s if self._tokens_per_s else 1.0
+        return min(120, max(1, math.ceil(seconds)))
+
+    def watch(self, watcher: Callable[[BatchReport], None]) -> None:
+        """Call `watcher` after every batch, on the scoring thread."""
+        self._watchers.append(watcher)
+
+    def submit(self, jobs: Sequence[Job], *, deadline: float) -> list[Scored]:
+        """Take all of the jobs of one request, or raise QueueFull and take none. `deadline` is time.monotonic()'s."""
+        now = time.monotonic()
+        tickets = [_Ticket(job, Future(), now, deadline) for job in jobs]
+        total = sum(ticket.tokens for ticket in tickets)
         with self._changed:
             if not self.alive or self._tokens + total > self._capacity:
-                raise QueueFull("the scoring queue is full", self._seconds_to_drain())
+                raise QueueFull("the scoring queue is full", self.seconds_to_drain)
             self._tokens += total
-            self._pending.extend(zip(jobs, futures, strict=True))
+            self._turns.add(tickets)
             self._changed.notify()
-        for job, future in zip(jobs, futures, strict=True):
-            future.add_done_callback(partial(self._release, len(job.input_ids)))
-        return futures
+        for ticket in tickets:
+            ticket.future.add_done_callback(partial(self._release, ticket))
+        return [ticket.future for ticket in tickets]
+
+    def between(self, action: Callable[[], None]) -> Future[None]:
+        """Run `action` on the scoring thread when all that was submitted before is scored, and before all that comes.
+
+        A WeightsError is the future's; after any other error what `action` left behind is unknown, and scoring ends.
+        """
+        barrier = _Barrier(action, Future())
+        with self._changed:
+            if not self.alive:
+                raise QueueFull("the scoring thread is not running", self.seconds_to_drain)
+            self._turns.add_barrier(barrier)
+            self._changed.notify()
+        return barrier.future
 
     def close(self) -> None:
         """Score what is pending, then stop. Later jobs are refused."""
@@ -109,47 +174,95 @@ class ScoringQueue:
             self._changed.notify()
         self._worker.join()
 
-    def _seconds_to_drain(self) -> int:
-        """Clamped to 1..120, beyond which OpenAI's clients give up."""
-        seconds = self._tokens / self._tokens_per_s if self._tokens_per_s else 1.0
-        return min(120, max(1, math.ceil(seconds)))
-
-    def _release(self, tokens: int, _: Future[TeacherScores | None]) -> None:
+    def _release(self, ticket: _Ticket, _: Scored) -> None:
         with self._changed:
-            self._tokens -= tokens
+            self._turns.discard(ticket)
+            self._tokens -= ticket.tokens
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing)
-                drained, self._pending = self._pending, []
-            if not drained:
-                return
-            for batch in cut([job for job, _ in drained], self._batch_tokens):
-                self._run([drained[index] for index in batch])
+        try:
+            while self._wait():
+                with self._changed:
+                    barrier = self._turns.pass_barrier()
+                    self._round = self._turns.deal(self._batch_tokens, _reading()) if barrier is None else ()
+                if barrier is not None:
+                    self._pass(barrier)
+                for batch in cut([ticket.job for ticket in self._round], self._batch_tokens):
+                    self._run([self._round[index] for index in batch])
+        finally:
+            self._abandon()
 
-    def _run(self, batch: Sequence[tuple[Job, Future[TeacherScores | None]]]) -> None:
-        live = [(job, future) for job, future in batch if future.set_running_or_notify_cancel()]
+    def _wait(self) -> bool:
+        """True as soon as there is work; False when there is none and never will be."""
+        with self._changed:
+            if not self._turns:
+                self._changed.wait_for(lambda: self._turns or self._closing)
+                self._changed.wait_for(lambda: self._closing or self._tokens >= self._batch_tokens, self._window_s)
+            return bool(self._turns) or not self._closing
+
+    def _run(self, batch: Sequence[_Ticket]) -> None:
+        started = time.monotonic()
+        for ticket in batch:
+            if ticket.deadline <= started:
+                ticket.future.cancel()
+        live = [ticket for ticket in batch if ticket.future.set_running_or_notify_cancel()]
         if not live:
             return
-        started = time.monotonic()
         results: Sequence[TeacherScores | None]
         try:
-            results = self._score([job for job, _ in live])
-        except RuntimeError:  # torch's, out of memory among them: these jobs fail, the next batch may not
-            log.exception("batch.failed", jobs=len(live))
+            results = self._score([ticket.job for ticket in live])
+        except RuntimeError as error:  # torch's, out of memory among them: these jobs fail, the next batch may not
+            log.error("batch.failed", jobs=len(live), exc_info=error)
             results = [None] * len(live)
-        self._tokens_per_s = sum(len(job.input_ids) for job, _ in live) / max(time.monotonic() - started, 1e-6)
-        for (_, future), result in zip(live, results, strict=True):
-            future.set_result(result)
+        self._report(live, started)
+        for ticket, result in zip(live, results, strict=True):
+            ticket.future.set_result(result)
+
+    def _report(self, live: Sequence[_Ticket], started: float) -> None:
+        report = BatchReport(
+            num_jobs=len(live),
+            num_tokens=sum(ticket.tokens for ticket in live),
+            waits_s=tuple(started - ticket.since for ticket in live),
+            compute_s=max(time.monotonic() - started, 1e-6),
+        )
+        self._tokens_per_s = report.num_tokens / report.compute_s
+        for watcher in self._watchers:
+            watcher(report)
+
+    def _pass(self, barrier: _Barrier) -> None:
+        if not barrier.future.set_running_or_notify_cancel():
+            return
+        try:
+            barrier.action()
+        except WeightsError as refused:
+            barrier.future.set_exception(refused)
+            return
+        except BaseException:
+            barrier.future.set_exception(TeacherUnavailable("the scoring thread has ended"))
+            raise
+        barrier.future.set_result(None)
+
+    def _abandon(self) -> None:
+        """Whoever still waits when the thread ends is told so; after `close` there is nobody."""
+        with self._changed:
+            self._closing = True
+            waiting, barriers = self._turns.clear()
+        for ticket in (*self._round, *waiting):
+            with suppress(InvalidStateError):  # answered already, or cancelled
+                ticket.future.set_result(None)
+        for barrier in barriers:
+            barrier.future.set_exception(TeacherUnavailable("the scoring thread has ended"))
 
 
-def cut(jobs: Sequence[Job], batch_tokens: int) -> list[list[int]]:
-    """Indices of `jobs`, shortest first, cut where the padded batch would pass `batch_tokens`."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(jobs)), key=lambda index: len(jobs[index].input_ids)):
-        longest = len(jobs[index].input_ids)
-        if not batches or longest * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def _reading() -> Callable[[_Ticket], int]:
+    """What each ticket of one round adds to what the model reads: a context that is in the round is read once."""
+    seen: set[bytes] = set()
+
+    def size(ticket: _Ticket) -> int:
+        context = ticket.job.input_ids[: ticket.job.context_length].tobytes()
+        if context in seen:
+            return len(ticket.job.completion_ids)
+        seen.add(context)
+        return ticket.tokens
+
+    return size

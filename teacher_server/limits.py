@@ -14,6 +14,7 @@ from potstill.wire import MAX_TOP_K
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    409: "conflict_error",
     412: "conflict_error",
     422: "conflict_error",
     500: "internal_error",
@@ -30,8 +31,14 @@ class Limits:
     max_tokens: int = 262_144  # of one request, contexts included
     max_top_k: int = MAX_TOP_K  # also of ids per position that a caller chooses
     max_body_bytes: int = 64 * 2**20
+    max_json_bytes: int = 2 * 2**20  # of a body: JSON is read in one go, during which the server can do nothing else
+    max_json_keys: int = 32_768  # of a body: each unknown one would be looked at before the first is refused
+    max_json_numbers: int = 131_072  # of an answer, for the same reason; safetensors has neither bound
+    max_read_s: float = 60.0  # for a body to arrive
     max_deadline_s: float = 600.0  # after which a request is given up whatever its client says
     queue_tokens: int = 524_288  # waiting and being scored, over all requests
+    inflight_requests: int = 1024  # from their headers to their answers, over all requests
+    inflight_bytes: int = 4 * 2**30  # of their bodies and answers
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -42,10 +49,28 @@ class Limits:
                 f"queue_tokens ({self.queue_tokens}) is below max_tokens ({self.max_tokens}): "
                 "the largest request allowed would never be admitted"
             )
+        if self.inflight_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"inflight_bytes ({self.inflight_bytes}) is below max_body_bytes ({self.max_body_bytes}): "
+                "the largest body allowed would never be admitted"
+            )
+        if self.inflight_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"inflight_bytes ({self.inflight_bytes}) is below max_body_bytes ({self.max_body_bytes}): "
+                "the largest body allowed would never be admitted"
+            )
+        if self.inflight_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"inflight_bytes ({self.inflight_bytes}) is below max_body_bytes ({self.max_body_bytes}): "
+                "the largest body allowed would never be admitted"
+            )
 
 
 class Refusal(PotstillError):
-    """An answer other than 200. args: HTTP status, code, message, param, seconds after which to try again."""
+    """An answer other than 200. args: HTTP status, code, message, param, seconds after which to try again.
+
+    Without such a time the same request can never succeed.
+    """
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
@@ -56,6 +81,13 @@ class Refusal(PotstillError):
     @property
     def retryable(self) -> bool:
         return self.retry_after_s is not None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What clients with retries built in read: OpenAI's send every 409 again unless told not to."""
+        if self.retry_after_s is not None:
+            return {"retry-after": str(self.retry_after_s)}
+        return {"x-should-retry": "false"} if self.status == 409 else {}
 
     def envelope(self, request_id: str) -> dict[str, dict[str, str | bool | None]]:
         """OpenAI's error object, with the request's id and whether the same request may succeed later."""

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from potstill.types import IntArray, Message, ScoreStatus, TeacherIdentity, TeacherScores
-from potstill.wire import ScoreItem, ScoreRequest, ScoreResponse, Want, unscored
+from potstill.wire import Ask, ScoreItem, ScoreRequest, ScoreResponse, unscored
 
 KEY = "sesame"
+NOTHING_MORE = Ask()  # than the log-probs of the completion's own tokens
 IDENTITY = TeacherIdentity(name="tiny", revision="r1", tokenizer_fingerprint="f1")
 
 
@@ -43,17 +44,18 @@ def item(
     )
 
 
-def request(
-    *items: ScoreItem, want: frozenset[Want] = frozenset({"sampled"}), top_k: int = 0, deadline_ms: int | None = None
-) -> ScoreRequest:
-    return ScoreRequest(model="tiny", items=items or (item(),), want=want, top_k=top_k, deadline_ms=deadline_ms)
+def request(*items: ScoreItem, ask: Ask = NOTHING_MORE, deadline_ms: int | None = None) -> ScoreRequest:
+    return ScoreRequest(model="tiny", items=items or (item(),), ask=ask, deadline_ms=deadline_ms)
 
 
-def sound_scores(asked: ScoreItem, *, want: frozenset[Want], top_k: int, seed: int = 0) -> TeacherScores:
+def sound_scores(asked: ScoreItem, *, ask: Ask, seed: int = 0) -> TeacherScores:
     """What a right teacher might answer: scores of random distributions over 8 tokens, one per position."""
-    logits = np.random.default_rng(seed).normal(size=(len(asked.completion_ids), 8))
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(len(asked.completion_ids), 8))
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
-    best = np.argsort(-logprobs, axis=1)[:, :top_k].astype(np.int32)
+    order = np.argsort(-logprobs, axis=1).astype(np.int32)
+    top_k, best = ask.top_k, order[:, : ask.top_k]
+    drawn = order[:, top_k + random.integers(0, 8 - top_k, ask.draws)] if ask.draws else None
     chosen = asked.token_ids
     return TeacherScores(
         status=ScoreStatus.OK,
@@ -64,7 +66,10 @@ def sound_scores(asked: ScoreItem, *, want: frozenset[Want], top_k: int, seed: i
         topk_tail=_outside(logprobs, best) if top_k else None,
         ids_logprobs=None if chosen is None else _at(logprobs, chosen),
         ids_tail=None if chosen is None else _outside(logprobs, chosen),
-        entropy=-(np.exp(logprobs) * logprobs).sum(axis=1) if "entropy" in want else None,
+        entropy=-(np.exp(logprobs) * logprobs).sum(axis=1) if ask.entropy else None,
+        drawn_ids=drawn,
+        drawn_logprobs=None if drawn is None else _at(logprobs, drawn),
+        hidden=random.integers(0, 0x7F00, (len(logits), ask.hidden), dtype=np.uint16) if ask.hidden else None,
     )
 
 
@@ -73,16 +78,12 @@ def sound_response(asked: ScoreRequest, request_id: str = "q1") -> ScoreResponse
         request_id=request_id,
         identity=IDENTITY,
         ids=tuple(one.id for one in asked.items),
-        scores=tuple(
-            sound_scores(one, want=asked.want, top_k=asked.top_k, seed=index) for index, one in enumerate(asked.items)
-        ),
+        scores=tuple(sound_scores(one, ask=asked.ask, seed=index) for index, one in enumerate(asked.items)),
     )
 
 
 def failed_scores(asked: ScoreItem) -> TeacherScores:
-    return unscored(
-        IDENTITY, ScoreStatus.FAILED, num_tokens=len(asked.completion_ids), top_k=0, num_ids=0, entropy=False
-    )
+    return unscored(IDENTITY, ScoreStatus.FAILED, num_tokens=len(asked.completion_ids), ask=NOTHING_MORE)
 
 
 def _at(logprobs: np.ndarray, columns: np.ndarray) -> np.ndarray:

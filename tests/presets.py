@@ -68,6 +68,7 @@ def make_batch(*, own: int = 2) -> Batch:
                     scores={"entropy": 2 * random.random(length)},
                     id=f"p{number}/{index}",
                     prompt_id=f"p{number}",
+                    index=own * number + index,
                     prompt_ids=first.prompt_ids,
                     teacher_context_ids=first.teacher_context_ids,
                     loss_mask=mask,
@@ -78,13 +79,19 @@ def make_batch(*, own: int = 2) -> Batch:
 
 
 def batch_for(name: str) -> Batch:
-    """Pairs for a preference, groups for everything else."""
-    return make_batch(own=1 if PRESETS[name].objective.compares_completions else 2)
+    """Pairs for a preference over the student's text, groups for everything else."""
+    objective = PRESETS[name].objective
+    return make_batch(own=1 if objective.compares_completions and objective.compares_with_others else 2)
 
 
 def shrunk(objective: Objective) -> dict[str, Any]:
-    """Changes that make every top-k fit the vocabulary, the auxiliary terms' too."""
-    small = {name: {"support": {"k": 3}} for name, t in objective.terms.items() if getattr(t.support, "k", 0) > 3}
+    """Changes that make every top-k fit the vocabulary and all draws the batch, the auxiliary terms' too."""
+    small = {
+        name: {"support": {width: 3}}
+        for name, term in objective.terms.items()
+        for width in ("k", "m")
+        if getattr(term.support, width, 0) > 3
+    }
     return {**small.pop("main", {}), "auxiliaries": small}
 
 
@@ -122,6 +129,5 @@ def assert_same(found: Found, expected: Found) -> None:
 
 
 THERE = {name: method.objective for name, method in PRESETS.items() if not method.missing}
-THERE |= {name: PRESETS[name].objective for name in ("dasd", "gad", "soda")}  # they miss only what writes and judges
 BY_SERVER = [name for name, objective in THERE.items() if objective.tier < Tier.FULL]
 BY_ITSELF = [name for name, objective in THERE.items() if objective.reads_teacher]

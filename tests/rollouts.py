@@ -26,6 +26,8 @@ def make_rollout(
     versions: Sequence[int] | None = None,
     teacher_context: Sequence[int] | None = None,
     support_ids: Any = None,
+    draw_ids: Any = None,
+    draw_logprobs: Any = None,
 ) -> Rollout:
     """A completion that version 0 wrote and that is trained on everywhere, unless said otherwise."""
     length = len(completion)
@@ -44,6 +46,8 @@ def make_rollout(
         reward=math.nan,
         teacher_context_ids=None if teacher_context is None else _ids(teacher_context),
         support_ids=None if support_ids is None else np.asarray(support_ids, dtype=np.int32),
+        draw_ids=None if draw_ids is None else np.asarray(draw_ids, dtype=np.int32),
+        draw_logprobs=draw_logprobs,
     )
 
 
@@ -83,26 +87,31 @@ def random_batch(
         teacher = _log_softmax(random.normal(0, 2, (num_completion, vocabulary)))
         support = np.array([random.permutation(vocabulary)[:k] for _ in range(num_completion)])
         topk = np.argsort(-teacher, axis=1)[:, :k]
+        sampler = _log_softmax(random.normal(0, 1, (num_completion, vocabulary)))
+        draws = random.integers(0, vocabulary, (num_completion, k))
         rollout = make_rollout(
             id=f"p{number}/0",
             prompt=random.integers(0, vocabulary, num_prompt),
             completion=completion,
             mask=None if masks is None else masks[number],
-            student=_log_softmax(random.normal(0, 1, (num_completion, vocabulary)))[range(num_completion), completion],
+            student=sampler[range(num_completion), completion],
             teacher_context=random.integers(0, vocabulary, num_prompt + 2),
             versions=[0 if by == "student" else -1] * num_completion,
             support_ids=support,
+            draw_ids=draws,
+            draw_logprobs=np.take_along_axis(sampler, draws, axis=1),
         )
-        scores = scores_of(teacher, completion=completion, topk=topk, support=support)
+        scores = scores_of(teacher, completion=completion, topk=topk, support=support, draws=draws)
         batch.append(ScoredRollout(rollout=rollout, scores=scores))
     return batch
 
 
-def scores_of(teacher: Any, *, completion: Any, topk: Any, support: Any) -> TeacherScores:
+def scores_of(teacher: Any, *, completion: Any, topk: Any, support: Any, draws: Any) -> TeacherScores:
     """Every field of TeacherScores from the teacher's whole distribution, [T, V] log-probs."""
     rows = np.arange(len(teacher))
     return make_scores(
         sampled=teacher[rows, completion],
+        draws=np.take_along_axis(teacher, draws, axis=1),
         topk_ids=topk,
         topk_logprobs=np.take_along_axis(teacher, topk, axis=1),
         topk_tail=_log_outside(teacher, topk),

@@ -104,6 +104,18 @@ class Evidence(Section):
     """ε. 0 would be the reward alone."""
 
 
+class AlignedOneToOne(Section):
+    """1 where the top-k of a teacher of another tokenizer can be read, else 0: one token there is one here."""
+
+    kind: Literal["aligned_one_to_one"] = "aligned_one_to_one"
+
+
+class AlignedSpan(Section):
+    """1 where "aligned_one_to_one" is 0, and the other way round."""
+
+    kind: Literal["aligned_span"] = "aligned_span"
+
+
 Gate = Annotated[
     TeacherEntropyAbove
     | EntropyGap
@@ -115,6 +127,8 @@ Gate = Annotated[
     | PerDomain
     | PerTeacher
     | PassRate
-    | Evidence,
+    | Evidence
+    | AlignedOneToOne
+    | AlignedSpan,
     Field(discriminator="kind"),
 ]

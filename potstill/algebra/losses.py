@@ -1,6 +1,7 @@
 """What is minimised: a divergence over a support, an estimate from sampled tokens, or a likelihood of the text.
 
-Choices only. p is the teacher, q the student. learner/divergences.py, rankings.py, estimators.py and pairs.py compute.
+Choices only. p is the teacher, q the student. learner/divergences.py, rankings.py, estimators.py, pairs.py and spans.py
+compute.
 """
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ class PolicyGradient(Section):
     normalise: Literal["std", "mean"] = "std"
     """Of a group's rewards: less their mean, and std also over their deviation (GRPO), which prefers easy prompts."""
     kl_penalty: NotNegative = 0.0
-    """Subtracted from the reward before it is normalised, times the mean of log sampler − log teacher (π-Distill)."""
+    """Subtracted from the reward before it is normalised, times the mean of log sampler − log near (π-Distill, whose β
+    it is). Too small: text drifts to where the other prompt cannot follow; too large: it outweighs the reward."""
+    near: Literal["teacher", "own_prompt"] = "teacher"
+    """Of kl_penalty, whom the sampler shall stay near. own_prompt: the current student under its own prompt, for text
+    that it wrote under the teacher's."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """γ of the advantages of later tokens. 0: a token answers for itself; 1: the gradient of the sequence's KL."""
     length_normalised: bool = False
@@ -134,6 +139,22 @@ class RatioK3(Section):
     """Of |log p/q|, or one token that the teacher prefers by e^20 overflows."""
 
 
+class ChunkCredit(Section):
+    """−A · log q, A = share · log p(chunk) − log q: a chunk's log-prob, shared out as the student's (2606.09456)."""
+
+    kind: Literal["chunk_credit"] = "chunk_credit"
+    clamp: Positive = 10.0
+    """Of |A|. Too small: what the teacher rules out is hardly pushed down; too large: one such token rules the step."""
+
+
+class ChunkLikelihood(Section):
+    """Cross-entropy of "the chunk comes next", at probabilities p^(1/τ) and q^(1/τ) of it (ALM, 2503.20083)."""
+
+    kind: Literal["chunk_likelihood"] = "chunk_likelihood"
+    temperature: Positive = 100.0
+    """τ. Small: chunks that either side finds improbable teach nothing; large: about (log p − log q)² / log q."""
+
+
 class Likelihood(Section):
     """−log q of the written token: supervised learning."""
 
@@ -147,11 +168,14 @@ class Entropy(Section):
 
 
 class Preference(Section):
-    """−log σ(β [log q(y⁺)/ref(y⁺) − log q(y⁻)/ref(y⁻)]): DPO, y⁺ written by others, y⁻ by the student (SODA)."""
+    """−log σ(β [log q(y⁺)/ref(y⁺) − log q(y⁻)/ref(y⁻)]): DPO of two completions of a prompt."""
 
     kind: Literal["preference"] = "preference"
     beta: Positive = 0.1
     """Too large: the student hardly moves; too small: it forgets the reference."""
+    pairs: Literal["others_over_student", "best_over_worst"] = "others_over_student"
+    """others_over_student: y⁺ is the one that others wrote, y⁻ the student's (SODA). best_over_worst: of the student's
+    own, those of highest and lowest reward; a prompt whose completions all earned the same teaches nothing."""
 
 
 Loss = Annotated[
@@ -166,6 +190,8 @@ Loss = Annotated[
     | PolicyGradient
     | K2
     | RatioK3
+    | ChunkCredit
+    | ChunkLikelihood
     | Likelihood
     | Entropy
     | Preference,
@@ -173,4 +199,5 @@ Loss = Annotated[
 ]
 
 DIVERGENCES = (ForwardKL, ReverseKL, JSD, SkewForwardKL, SkewReverseKL, BalancedKL, PlackettLuce, SortedL1)
-ESTIMATES = (PolicyGradient, K2, RatioK3)  # of tokens that the student itself sampled
+ESTIMATES = (PolicyGradient, K2, RatioK3, ChunkCredit)  # of tokens that the student itself sampled
+CHUNKED = (ChunkCredit, ChunkLikelihood)  # of tokens that were scored together; alone, each is a chunk

@@ -15,13 +15,26 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from potstill.algebra.aggregations import Aggregation, TokenMean
-from potstill.algebra.consistency import disagreements, misfits
+from potstill.algebra.consistency import disagreements, misfits, misjudged
 from potstill.algebra.corrections import Correction, Ignored
-from potstill.algebra.gates import Confidence, EarlyWeight, EntropyGap, Evidence, Gate, PassRate, TeacherEntropyAbove
+from potstill.algebra.gates import (
+    AlignedOneToOne,
+    AlignedSpan,
+    Confidence,
+    EarlyWeight,
+    EntropyGap,
+    Evidence,
+    Gate,
+    PassRate,
+    TeacherEntropyAbove,
+)
+from potstill.algebra.judges import Discriminator, Judge, Verifier
 from potstill.algebra.losses import (
+    CHUNKED,
     DIVERGENCES,
     ESTIMATES,
     K2,
+    ChunkCredit,
     Entropy,
     Likelihood,
     Loss,
@@ -31,7 +44,7 @@ from potstill.algebra.losses import (
     RatioK3,
     SortedL1,
 )
-from potstill.algebra.supports import Full, RandomSampling, Sampled, Support
+from potstill.algebra.supports import Full, RandomSampling, Sampled, Samples, Support
 from potstill.algebra.targets import Taid, Target, Tempered
 from potstill.section import Ramp, Section
 
@@ -106,7 +119,7 @@ class Term(Section):
         compared = isinstance(self.loss, DIVERGENCES) and not isinstance(self.loss, PlackettLuce | SortedL1)
         exact = rest != "partial" and not isinstance(self.support, RandomSampling)
         at_rest = compared and exact and isinstance(self.target, Tempered | None)
-        return self.reads_scores and (isinstance(self.loss, K2 | RatioK3) or at_rest)
+        return self.reads_scores and (isinstance(self.loss, K2 | RatioK3 | ChunkCredit) or at_rest)
 
     @property
     def reads_scores(self) -> bool:
@@ -114,9 +127,19 @@ class Term(Section):
         return self.against == "teacher" and self.needs_tier > Tier.TEXT
 
     @property
+    def rewarded(self) -> bool:
+        """Whether its loss reads what a completion earned beside the others of its prompt."""
+        ranked = isinstance(self.loss, Preference) and self.loss.pairs == "best_over_worst"
+        return ranked or (isinstance(self.loss, PolicyGradient) and self.loss.reward != 0)
+
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether tokens may have been scored together, by a teacher of another tokenizer (TeacherScores.chunks)."""
+        return isinstance(self.loss, CHUNKED) or any(isinstance(gate, AlignedOneToOne) for gate in self.gates)
+
+    @property
     def needs_reward(self) -> bool:
-        rewarded = isinstance(self.loss, PolicyGradient) and self.loss.reward != 0
-        return rewarded or any(isinstance(gate, PassRate | Evidence) for gate in self.gates)
+        return self.rewarded or any(isinstance(gate, PassRate | Evidence) for gate in self.gates)
 
     @property
     def needs_reference(self) -> bool:
@@ -136,10 +159,12 @@ class Objective(Term):
 
     auxiliaries: dict[str, Term] = Field(default_factory=dict)
     """By name. They share the forward pass."""
+    judge: Judge = Verifier()
+    """Whose rewards they read."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Objective:
-        for problem in disagreements(list(self.terms.values())):
+        for problem in (*disagreements(list(self.terms.values())), *misjudged(self)):
             raise ValueError(problem)
         return self
 
@@ -157,6 +182,11 @@ class Objective(Term):
     def reads_teacher(self) -> bool:
         return self.tier > Tier.TEXT
 
+    @property
+    def num_draws(self) -> int:
+        """Draws of the student that are kept at every position while it writes, beside the written token."""
+        return max((term.support.m for term in self.terms.values() if isinstance(term.support, Samples)), default=0)
+
     def chosen(self) -> dict[str, Any]:
         """The choices that are not defaults, as a config would write them; each part with its kind."""
         return _chosen(self)
@@ -166,8 +196,18 @@ class Objective(Term):
         return [term for term in self.terms.values() if term.reads_scores and term.over in {"all", origin}]
 
     @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether the teacher may have another tokenizer than the student."""
+        return all(term.reads_chunks for term in self.terms.values() if term.reads_scores)
+
+    @property
     def reads_reward(self) -> bool:
         return any(term.needs_reward for term in self.terms.values())
+
+    @property
+    def reads_verdict(self) -> bool:
+        """Whether rollouts must come with a reward."""
+        return self.reads_reward and isinstance(self.judge, Verifier)
 
     @property
     def reads_reference(self) -> bool:
@@ -176,7 +216,13 @@ class Objective(Term):
     @property
     def reads_others(self) -> bool:
         """Whether a term is for text that the student did not write, or compares it with the student's."""
-        return self.compares_completions or any(term.over == "others" for term in self.terms.values())
+        return self.compares_with_others or any(term.over == "others" for term in self.terms.values())
+
+    @property
+    def compares_with_others(self) -> bool:
+        """Whether every prompt needs text of both the student and others."""
+        losses = [term.loss for term in self.terms.values() if isinstance(term.loss, Preference)]
+        return isinstance(self.judge, Discriminator) or any(loss.pairs == "others_over_student" for loss in losses)
 
     @property
     def reads_student(self) -> bool:
@@ -192,7 +238,8 @@ class Objective(Term):
     @property
     def carries_state(self) -> bool:
         """Whether a checkpoint must keep more than weights and optimizer to continue it."""
-        return any(isinstance(term.target, Taid) for term in self.terms.values())
+        moved = any(isinstance(term.target, Taid) for term in self.terms.values())
+        return moved or isinstance(self.judge, Discriminator)
 
 
 def lay_over(preset: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +285,7 @@ def _spelt_out(raw: Mapping[str, Any]) -> dict[str, Any]:
     return spelt
 
 
-_PARTS = frozenset({"support", "loss", "target", "correction", "aggregation"})
+_PARTS = frozenset({"support", "loss", "target", "correction", "aggregation", "judge"})
 
 
 def _support_tier(term: Term) -> Tier:
@@ -246,7 +293,7 @@ def _support_tier(term: Term) -> Tier:
     if isinstance(loss, Likelihood | Entropy | Preference):
         return Tier.TEXT
     if isinstance(loss, PolicyGradient) and loss.distil == 0:
-        return Tier.SAMPLED if loss.kl_penalty else Tier.TEXT
+        return Tier.SAMPLED if loss.kl_penalty and loss.near == "teacher" else Tier.TEXT
     if isinstance(loss, PolicyGradient) and loss.baseline == "kl":
         return Tier.FULL
     tiers = {"sampled": Tier.SAMPLED, "teacher_topk": Tier.TOPK, "student_topk": Tier.IDS, "samples": Tier.IDS}
@@ -257,7 +304,7 @@ def _gate_tier(gate: Gate) -> Tier:
     """potstill's own server sends the teacher's entropy beside the log-prob of the written token."""
     if isinstance(gate, TeacherEntropyAbove | EntropyGap | EarlyWeight | Evidence):
         return Tier.SAMPLED
-    return Tier.TOPK if isinstance(gate, Confidence) else Tier.TEXT
+    return Tier.TOPK if isinstance(gate, Confidence | AlignedOneToOne | AlignedSpan) else Tier.TEXT
 
 
 __all__ = ["DIVERGENCES", "ESTIMATES", "Objective", "Term", "Tier", "lay_over"]

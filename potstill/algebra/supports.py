@@ -22,11 +22,12 @@ class Sampled(Section):
 
 
 class Samples(Section):
-    """Several independent draws from the student at every position (AsyncOPD, 2606.24143). Variance falls as 1/m."""
+    """Several independent draws from the sampler at every position (AsyncOPD, 2606.24143), and not the written token,
+    which is one more. Variance falls as 1/m."""
 
     kind: Literal["samples"] = "samples"
     m: Count
-    """Draws at each position."""
+    """Draws at each position. Too few: the noise of one; too many: the teacher scores them all."""
 
 
 class TopK(Section):

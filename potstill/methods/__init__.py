@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from potstill.methods.classic import CLASSIC
+from potstill.methods.crosstokenizer import CROSS_TOKENIZER
 from potstill.methods.method import Method
 from potstill.methods.multiple import MULTIPLE
 from potstill.methods.offline import OFFLINE
@@ -15,6 +16,14 @@ from potstill.methods.onpolicy import ON_POLICY
 from potstill.methods.rewarded import REWARDED
 from potstill.methods.selfdistilled import SELF_DISTILLED
 
-PRESETS: Mapping[str, Method] = {**ON_POLICY, **CLASSIC, **SELF_DISTILLED, **REWARDED, **MULTIPLE, **OFFLINE}
+PRESETS: Mapping[str, Method] = {
+    **ON_POLICY,
+    **CLASSIC,
+    **SELF_DISTILLED,
+    **REWARDED,
+    **MULTIPLE,
+    **CROSS_TOKENIZER,
+    **OFFLINE,
+}
 
 __all__ = ["PRESETS", "Method"]

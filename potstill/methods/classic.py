@@ -1,6 +1,7 @@
 """White-box distillation before the on-policy wave, and its divergences and targets.
 
-Nearly all of it needs the teacher's whole distribution, so a teacher inside the learner (kind = "local").
+Nearly all of it needs the teacher's whole distribution, so a teacher inside the learner (kind = "local") or a server
+that sends its states.
 """
 
 from __future__ import annotations
@@ -82,14 +83,18 @@ CLASSIC: dict[str, Method] = {
     "distillm": Method(
         objective=objective(support="full", loss={"kind": "skew_reverse_kl", "alpha": 0.1}),
         phrase="skew reverse KL, bounded whatever the two distributions",
-        source="DistiLLM, arXiv 2402.03898, SRKL with α = 0.1. Not taken: its buffer of older student texts with "
-        "adaptive share φ (beside_share is constant), and its code's language-modelling loss on OpenWebText.",
+        source="DistiLLM, arXiv 2402.03898, SRKL with α = 0.1. Its schedule of new, replayed and given text is "
+        "[rollout.adaptive]; validate_every is an epoch there. Not taken: its code's language-modelling loss on "
+        "OpenWebText, and new text until the buffer is full.",
         signal="divergence",
         granularity="token",
         good_at="Students far from their teacher: mode-seeking, and no token makes the gradient explode.",
         trap="A larger α fades the gradient; 0.1 is about the optimum.",
         settings={
             "rollout.prompts_per_step": 8,
+            "rollout.adaptive.rises": 10,
+            "rollout.adaptive.tolerance": 0.1,
+            "rollout.adaptive.capacity": 1000,
             "optim.lr": 5e-4,
             "optim.schedule": "cosine",
             "optim.weight_decay": 0.01,
@@ -107,6 +112,9 @@ CLASSIC: dict[str, Method] = {
         trap="A larger α fades the gradient as 1 − α.",
         settings={
             "rollout.prompts_per_step": 8,
+            "rollout.adaptive.rises": 10,
+            "rollout.adaptive.tolerance": 0.1,
+            "rollout.adaptive.capacity": 1000,
             "optim.lr": 5e-4,
             "optim.schedule": "cosine",
             "optim.weight_decay": 0.01,

@@ -37,10 +37,11 @@ class Method:
         objective = self.objective
         found = {"teacher": objective.tier.name.lower() if objective.tier > Tier.TEXT else "none"}
         found |= {"context": "privileged"} if self.context == "privileged" else {}
-        found |= {"reward": "a verifier"} if objective.reads_reward else {}
+        by = "a verifier" if objective.reads_verdict else "a discriminator, which learns beside the student"
+        found |= {"reward": by} if objective.reads_reward else {}
         found |= {"reference": "the student as it was"} if objective.reads_reference else {}
         found |= {"text": "the teacher's or the data's"} if objective.reads_others else {}
-        found |= {"state": "a schedule"} if objective.carries_state else {}
+        found |= {"state": "kept by checkpoints"} if objective.carries_state else {}
         found |= {"not there yet": " and ".join(self.missing)} if self.missing else {}
         return found
 

@@ -266,12 +266,11 @@ ON_POLICY: dict[str, Method] = {
         ),
         phrase="64 draws at every position, each with its own ratio: stale text, exact actions",
         source="AsyncOPD, arXiv 2606.24143, advantage under the current student, no clip; m = 64 has 1.5 % of "
-        "one draw's variance",
+        "one draw's variance. Its draws are beside the written token, which no term reads",
         signal="sampled",
         granularity="token",
         good_at="Generation that runs far ahead of training.",
         trap="It corrects what was drawn at a prefix, not the prefix, which stays as stale as the text.",
-        missing=("several draws of the student at each position",),
     ),
     "early_stop": Method(
         objective=objective(

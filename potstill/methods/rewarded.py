@@ -13,7 +13,11 @@ _REWARD = {
 }
 """GRPO without its KL: what the methods here add to."""
 
-_PENALISED = _REWARD | {"loss": {"kind": "policy_gradient", "distil": 0.0, "reward": 1.0, "kl_penalty": 0.25}}
+_AFTER_TEN_STEPS = {"start": 0.0, "end": 1.0, "from_step": 10, "to_step": 11}
+
+_PENALISED = _REWARD | {
+    "loss": {"kind": "policy_gradient", "distil": 0.0, "reward": 1.0, "kl_penalty": 0.25, "near": "own_prompt"}
+}
 
 REWARDED: dict[str, Method] = {
     "grpo": Method(
@@ -103,11 +107,11 @@ REWARDED: dict[str, Method] = {
         good_at="Tasks that the student never solves unaided: privileged text finds rewards, both views learn them.",
         trap="A large KL between the prompts at the start foretells failure; watch for leaked words such as “hint”.",
         settings={"rollout.view": "privileged"},
-        missing=("log-probs of privileged text under the student's own prompt, for the penalty in the reward",),
     ),
     "gad": Method(
         objective=objective(
-            **_REWARD,
+            **_REWARD | {"loss": {"kind": "policy_gradient", "distil": 0.0, "reward": _AFTER_TEN_STEPS}},
+            judge="discriminator",
             auxiliaries={
                 "reference": {
                     "support": "sampled",
@@ -120,13 +124,15 @@ REWARDED: dict[str, Method] = {
             },
         ),
         phrase="black-box: the reward is a discriminator's that learns to tell student from teacher",
-        source="GAD, arXiv 2511.10643, the generator's step; the discriminator's is pairs.bradley_terry. Not taken "
-        "from the code: its low-variance KL is k3 without ρ, whose gradient is the forward KL's",
+        source="GAD, arXiv 2511.10643; its discriminator learns alone for 10 steps, after which it has a say. Numbers "
+        "are those of the code. Not taken from it: a low-variance KL that is k3 without ρ, whose gradient is the "
+        "forward KL's; and a first epoch of SFT in which the discriminator learns too: run sft, then this",
         signal="reward",
         granularity="sequence",
         good_at="A teacher of which only text can be had.",
         trap="A discriminator that stands still is hacked within some 300 steps: answers grow without end.",
         settings={
+            "rollout.beside": "teacher",
             "rollout.prompts_per_step": 256,
             "rollout.samples_per_prompt": 8,
             "rollout.max_prompt_tokens": 2048,
@@ -135,6 +141,21 @@ REWARDED: dict[str, Method] = {
             "optim.lr": 1e-6,
             "optim.max_grad_norm": 0.2,
         },
-        missing=("a discriminator that learns beside the student",),
+    ),
+    "ranked_preference": Method(
+        objective=objective(
+            support="sampled",
+            loss={"kind": "preference", "beta": 0.1, "pairs": "best_over_worst"},
+            over="student",
+            aggregation="sequence_sum",
+        ),
+        phrase="preference for the best of the student's own answers over the worst, as they were ranked",
+        source="OAIF, arXiv 2402.04792: online DPO on answers that a model ranks, there two a prompt; the indirect "
+        "half of TSD-KD, arXiv 2603.13260, with whole answers for candidates. Any reward ranks. β = 0.1 is DPO's",
+        signal="preference",
+        granularity="sequence",
+        good_at="A teacher that compares answers better than it writes them; rewards of which only the order is meant.",
+        trap="All that lies between best and worst is thrown away, and a ranking that likes length makes answers long.",
+        settings={"rollout.samples_per_prompt": 2},
     ),
 }

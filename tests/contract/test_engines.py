@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from potstill.config import SamplingConfig
 from potstill.errors import ConfigError, StaleWeights, WeightsError, WorkerLost
-from potstill.types import FinishReason, WeightsVersion
+from potstill.types import FinishReason
 from potstill.weights import pack
-from rollout_worker.engine import Completion, GenerationRequest, RolloutEngine, build_engine
+from rollout_worker.engine import Completion, build_engine
 from rollout_worker.sampling import processed_logits, vllm_arguments
+from tests.benches import Bench, Student, requests, sampling
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
 
 # One test breaks the stepping thread of vLLM down; that it dies loudly is part of the promise.
@@ -30,63 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 STOP = tiny_tokenizer().eos_token_id
 TOLERANCE = 2e-5  # of a log-prob against a float32 forward pass of transformers
 MAX_LEN = 512
-
-
-class Student:
-    """Weights A or B: the folder, a payload, and the slow truth about them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def payload(self, version: int) -> tuple[WeightsVersion, np.ndarray]:
-        tensors = load_file(self.folder / "model.safetensors")
-        return pack({name: tensor.numpy() for name, tensor in tensors.items()}, version)
-
-    @torch.inference_mode()
-    def logits(self, prompt_ids: np.ndarray, token_ids: np.ndarray) -> torch.Tensor:
-        """[T, V] before each token of a completion."""
-        text = torch.from_numpy(np.concatenate((prompt_ids, token_ids)).astype(np.int64))
-        return self.model(text[None]).logits[0, len(prompt_ids) - 1 : -1].float()
-
-    def logprobs(self, prompt_ids: np.ndarray, token_ids: np.ndarray, sampling: SamplingConfig) -> np.ndarray:
-        """[T] of the tokens under what `sampling` samples from."""
-        logprobs = processed_logits(self.logits(prompt_ids, token_ids), sampling).log_softmax(-1)
-        return logprobs.gather(-1, torch.from_numpy(token_ids.astype(np.int64))[:, None])[:, 0].numpy()
-
-
-@dataclasses.dataclass
-class Bench:
-    """An engine, the loop it lives on, and what it wrote first, fresh from its model folder."""
-
-    name: str
-    engine: RolloutEngine
-    runner: asyncio.Runner
-    first: list[Completion]
-
-    def write(
-        self, requests: list[GenerationRequest], config: SamplingConfig, *, k: int = 0, want: bool = True
-    ) -> list[Completion]:
-        return self.runner.run(self.engine.generate(requests, config, want_logprobs=want, support_k=k))
-
-    def load(self, student: Student) -> int:
-        version, payload = student.payload(self.engine.version + 1)
-        self.runner.run(self.engine.load_weights(version, payload))
-        return version.version
-
-
-def requests(lengths: tuple[int, ...], *, copies: int = 1) -> list[GenerationRequest]:
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 256, size=length).astype(np.int32) for length in lengths]
-    return [
-        GenerationRequest(id=f"{i}.{copy}", prompt_ids=prompt, seed=1000 * i + copy)
-        for i, prompt in enumerate(prompts)
-        for copy in range(copies)
-    ]
-
-
-def sampling(tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingConfig:
-    return SamplingConfig(max_new_tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+NUM_DRAWS = 5  # that the benches' engines keep where log-probs are wanted
 
 
 MIXED = requests((5, 130, 300, 1, 57))  # the prefix cache of vLLM on a CPU works in blocks of 128 tokens
@@ -111,6 +55,7 @@ def bench(request: pytest.FixtureRequest, students: tuple[Student, Student]) -> 
             version=0,
             threads=1,
             max_model_len=MAX_LEN,
+            num_draws=NUM_DRAWS,
         )
         first = runner.run(engine.generate(MIXED, sampling(20), want_logprobs=True, support_k=4))
         yield Bench(request.param, engine, runner, first)
@@ -120,7 +65,7 @@ def bench(request: pytest.FixtureRequest, students: tuple[Student, Student]) -> 
 def assert_equal(left: list[Completion], right: list[Completion]) -> None:
     """Bit for bit, versions aside."""
     for one, other in zip(left, right, strict=True):
-        for field in ("token_ids", "logprobs", "support_ids", "support_logprobs"):
+        for field in ("token_ids", "logprobs", "support_ids", "support_logprobs", "draw_ids", "draw_logprobs"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)
         assert one.finish_reason == other.finish_reason
 
@@ -172,6 +117,8 @@ def test_what_nobody_asked_for_is_missing_and_not_zero(bench: Bench) -> None:
     assert np.isnan(completion.logprobs).all()
     assert completion.support_ids is None
     assert completion.support_logprobs is None
+    assert completion.draw_ids is None
+    assert completion.draw_logprobs is None
     assert completion.token_ids.dtype == completion.weight_versions.dtype == np.int32
     assert bench.write([], sampling(5)) == []
 
@@ -203,6 +150,58 @@ def test_sampled_frequencies_are_the_softmax(
     freedom = int(frequent.sum())
     assert freedom > 20
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("config", [sampling(1), sampling(1, temperature=0.5, top_p=0.9)], ids=["plain", "truncated"])
+def test_draws_beside_the_written_token_are_of_the_same_distribution_and_independent_of_it(
+    bench: Bench, students: tuple[Student, Student], config: SamplingConfig
+) -> None:
+    bench.load(students[0])
+    num_texts = 1500
+    written = bench.write(requests((12,), copies=num_texts), config)
+    drawn = np.concatenate([completion.draw_ids for completion in written])
+    assert drawn.shape == (num_texts, NUM_DRAWS)
+    logits = students[0].logits(requests((12,))[0].prompt_ids, np.zeros(1, np.int32))
+    probs = processed_logits(logits, config)[0].softmax(-1).double().numpy()
+    expected = drawn.size * probs
+    counts = np.bincount(drawn.ravel(), minlength=259)
+    assert counts[expected == 0].sum() == 0
+    frequent = expected > 8
+    chi_square = float(((counts - expected)[frequent] ** 2 / expected[frequent]).sum())
+    assert chi_square < frequent.sum() + 5 * np.sqrt(2 * frequent.sum())
+    columns = [*drawn.T, np.concatenate([completion.token_ids for completion in written])]
+    alike = float((probs**2).sum())  # how often two independent ones are
+    for one in range(NUM_DRAWS):
+        share = float((columns[one] == columns[one + 1]).mean())
+        assert abs(share - alike) < 5 * np.sqrt(alike / num_texts)
+
+
+def test_draws_carry_their_log_probs_come_again_with_the_seed_and_change_nothing_that_is_written(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    bench.load(students[0])
+    config = sampling(20, temperature=0.8, top_k=40)
+    completions = bench.write(MIXED, config, k=2)
+    for request, completion in zip(MIXED, completions, strict=True):
+        logits = students[0].logits(request.prompt_ids, completion.token_ids)
+        expected = processed_logits(logits, config).log_softmax(-1)
+        expected = expected.gather(-1, torch.from_numpy(completion.draw_ids.astype(np.int64))).numpy()
+        np.testing.assert_allclose(completion.draw_logprobs, expected, atol=TOLERANCE, rtol=0)
+    alone = [bench.write([request], config, k=2)[0] for request in reversed(MIXED)]
+    for one, other in zip(completions, reversed(alone), strict=True):
+        assert one.draw_ids.tolist() == other.draw_ids.tolist()
+    undrawn = bench.write(MIXED, config, want=False)
+    assert [c.token_ids.tolist() for c in undrawn] == [c.token_ids.tolist() for c in completions]
+
+
+def test_a_request_may_ask_for_less_than_the_others(bench: Bench) -> None:
+    limits = (3, 20, 1, None, 7)
+    cut = [dataclasses.replace(request, max_new_tokens=n) for request, n in zip(MIXED, limits, strict=True)]
+    both = bench.write(MIXED, sampling(20)), bench.write(cut, sampling(20))
+    for whole, part, limit in zip(*both, limits, strict=True):
+        length = min(limit or 20, len(whole.token_ids))
+        assert part.token_ids.tolist() == whole.token_ids[:length].tolist()
+        assert part.finish_reason == (FinishReason.STOP if part.token_ids[-1] == STOP else FinishReason.LENGTH)
 
 
 def test_after_an_update_the_engine_is_a_fresh_one_on_the_new_weights(
@@ -294,6 +293,8 @@ def test_an_update_while_requests_run_leaves_every_token_with_the_version_that_w
         ({"prompt_ids": np.array([259], np.int32)}, sampling(5), 0, "outside the vocabulary of 259"),
         ({"prompt_ids": np.array([-1], np.int32)}, sampling(5), 0, "outside the vocabulary"),
         ({"seed": -1}, sampling(5), 0, "seed -1"),
+        ({"max_new_tokens": 6}, sampling(5), 0, "max_new_tokens is 6, of 5 at most"),
+        ({"max_new_tokens": 0}, sampling(5), 0, "max_new_tokens is 0"),
         ({}, sampling(5, temperature=0.001), 0, "temperature is 0.001"),
         ({}, sampling(5), 260, "objective.support.k is 260"),
     ],
@@ -308,7 +309,9 @@ def test_a_request_that_an_engine_would_silently_change_is_refused(
 def test_no_field_of_vllms_sampling_parameters_is_left_to_a_default() -> None:
     from vllm import SamplingParams
 
-    ours = vllm_arguments(sampling(5), seed=0, stop_token_id=STOP, want_logprobs=True, support_k=0)
+    ours = vllm_arguments(
+        sampling(5), max_new_tokens=5, seed=0, stop_token_id=STOP, want_logprobs=True, support_k=0, num_draws=0
+    )
     derived = {"output_text_buffer_length"}  # filled in by vLLM from `stop`
     public = {field for field in SamplingParams.__struct_fields__ if not field.startswith("_")}
     assert ours.keys() | {"output_kind"} == public - derived

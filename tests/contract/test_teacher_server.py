@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from potstill.algebra.objective import Tier
-from potstill.codec import JSON, encode_request
+from potstill.codec import JSON, SAFETENSORS, encode_request
 from potstill.errors import TeacherRefused, TokenizerMismatch
-from potstill.probe import probe
-from potstill.teacher_client import TeacherClient
+from potstill.probing.probe import probe
+from potstill.teachers.server import TeacherClient
 from potstill.tokenization import load_tokenizer, render
 from potstill.types import Message, ScoreStatus, TeacherIdentity
-from potstill.wire import ScoreItem
+from potstill.wire import Ask, ScoreItem
 from tests.builders_teacher import KEY, ServerProcess, item, request, teacher_server
+from tests.endpoints import endpoint
 from tests.tiny_models import VOCABULARY, save_tiny_model
 
 BEARER = {"authorization": f"Bearer {KEY}"}
 PADDED = VOCABULARY + 5  # rows of the head; the last five mean nothing
-EVERYTHING = frozenset({"topk", "token_ids", "entropy"})
+EVERYTHING = Ask(top_k=4, num_ids=6, draws=5, entropy=True, hidden=64)
 TOLERANCE = 1e-5  # nats, float32 in batches against float64 one by one
 LIMITS = ("--max-items", "8", "--max-tokens", "3000", "--max-top-k", "16", "--queue-tokens", "3000")
 SMALL_BODY = 64 * 1024
+SIX = [[1, 2, 3, 4, 5, 6]] * 3  # ids of the caller's choice, for a completion of three tokens
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +70,26 @@ def some_items(number: int, *, seed: int = 0) -> list[ScoreItem]:
     made = []
     for index in range(number):
         length = int(random.integers(1, 40))
-        made.append(
-            item(
-                f"i{index}",
-                context=random.integers(0, VOCABULARY, int(random.integers(1, 60))).tolist(),
-                completion=random.integers(0, VOCABULARY, length).tolist(),
-                token_ids=np.stack([random.permutation(VOCABULARY)[:6] for _ in range(length)]).tolist(),
-            )
-        )
+        context = random.integers(0, VOCABULARY, int(random.integers(1, 60))).tolist()
+        completion = random.integers(0, VOCABULARY, length).tolist()
+        given = [random.permutation(VOCABULARY)[:6].tolist() for _ in range(length)]
+        made.append(item(f"i{index}", context=context, completion=completion, token_ids=given))
     return made
 
 
 async def score(server: ServerProcess, items: list[ScoreItem], *, concurrency: int = 1) -> list[Any]:
-    async with TeacherClient(server.url, KEY, 30.0, concurrency) as client:
-        return await client.score(items, EVERYTHING, 4, None)
+    async with TeacherClient(endpoint(server.url, key=KEY, deadline_s=30.0, concurrency=concurrency)) as client:
+        return await client.score(items, EVERYTHING, None)
+
+
+def check_near(actual: Any, wanted: Any, *, nats: float = TOLERANCE) -> None:
+    np.testing.assert_allclose(actual, wanted, atol=nats)
 
 
 def post(server: ServerProcess, body: Any, **headers: str) -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx2.post(
-        f"{server.url}/v1/score",
-        content=content,
-        headers={"content-type": JSON, **BEARER, **headers},
-        trust_env=False,
-    )
+    headers = {"content-type": JSON, **BEARER, **headers}
+    return httpx2.post(f"{server.url}/v1/score", content=content, headers=headers, trust_env=False)
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -112,14 +109,18 @@ async def test_scores_equal_a_float64_forward_pass_of_the_same_tokens(server, ex
         wanted = logprobs_after(exact, asked.context_ids.tolist(), asked.completion_ids.tolist())
         rows = np.arange(len(wanted))
         best = np.argsort(-wanted[:, :VOCABULARY], axis=1)[:, :4]
-        np.testing.assert_allclose(scores.sampled, wanted[rows, asked.completion_ids], atol=TOLERANCE)
+        check_near(scores.sampled, wanted[rows, asked.completion_ids])
         np.testing.assert_array_equal(scores.topk_ids, best)
-        np.testing.assert_allclose(scores.topk_logprobs, np.take_along_axis(wanted, best, 1), atol=TOLERANCE)
-        np.testing.assert_allclose(scores.ids_logprobs, np.take_along_axis(wanted, asked.token_ids, 1), atol=TOLERANCE)
+        check_near(scores.topk_logprobs, np.take_along_axis(wanted, best, 1))
+        check_near(scores.ids_logprobs, np.take_along_axis(wanted, asked.token_ids, 1))
         for ids, tail in ((best, scores.topk_tail), (asked.token_ids, scores.ids_tail)):
             left = 1 - np.take_along_axis(np.exp(wanted), ids, 1).sum(axis=1)
-            np.testing.assert_allclose(tail, np.log(left), atol=TOLERANCE)
-        np.testing.assert_allclose(scores.entropy, -(np.exp(wanted) * wanted).sum(axis=1), atol=TOLERANCE)
+            check_near(tail, np.log(left))
+        check_near(scores.entropy, -(np.exp(wanted) * wanted).sum(axis=1))
+        check_near(scores.drawn_logprobs, np.take_along_axis(wanted, scores.drawn_ids, 1))
+        assert not (scores.drawn_ids[:, :, None] == best[:, None]).any()
+        states = torch.from_numpy((scores.hidden.astype(np.uint32) << 16).view(np.float32)).double()
+        check_near(exact.get_output_embeddings()(states).log_softmax(-1).detach(), wanted, nats=0.1)
 
 
 async def test_neither_order_nor_company_changes_a_score(server):
@@ -129,8 +130,9 @@ async def test_neither_order_nor_company_changes_a_score(server):
     alone = [(await score(server, [one]))[0] for one in items]
     for other in (backwards, alone):
         for left, right in zip(together, other, strict=True):
-            np.testing.assert_allclose(left.sampled, right.sampled, atol=TOLERANCE)
-            np.testing.assert_allclose(left.ids_tail, right.ids_tail, atol=TOLERANCE)
+            check_near(left.sampled, right.sampled)
+            check_near(left.ids_tail, right.ids_tail)
+            np.testing.assert_array_equal(left.drawn_ids, right.drawn_ids)
 
 
 async def test_a_batch_larger_than_the_limits_is_split_by_the_client_and_scored_whole(server):
@@ -143,51 +145,52 @@ async def test_a_batch_larger_than_the_limits_is_split_by_the_client_and_scored_
 @pytest.mark.parametrize("length", [1, 5, 50])
 async def test_a_privileged_context_of_any_length_is_aligned_on_the_completion(server, exact, length):
     own = list(range(100, 100 + length))
-    asked = item("a", context=(1, 2, 3), completion=(7, 8, 9), teacher_context=own, token_ids=[[1, 2]] * 3)
+    asked = item("a", context=(1, 2, 3), completion=(7, 8, 9), teacher_context=own, token_ids=SIX)
     (scores,) = await score(server, [asked])
     wanted = logprobs_after(exact, own, [7, 8, 9])[np.arange(3), [7, 8, 9]]
-    np.testing.assert_allclose(scores.sampled, wanted, atol=TOLERANCE)
+    check_near(scores.sampled, wanted)
 
 
 async def test_teacher_messages_are_rendered_by_the_teachers_own_chat_template(server, exact, folder):
     messages = (Message(role="user", content="12 + 9 = ? Hint: 21"),)
     own = render(load_tokenizer(folder), messages)
-    (scores,) = await score(server, [item("a", messages=messages, token_ids=[[1, 2]] * 3)])
+    (scores,) = await score(server, [item("a", messages=messages, token_ids=SIX)])
     wanted = logprobs_after(exact, own, [3, 4, 5])[np.arange(3), [3, 4, 5]]
-    np.testing.assert_allclose(scores.sampled, wanted, atol=TOLERANCE)
+    check_near(scores.sampled, wanted)
 
 
 def test_plain_json_as_curl_sends_it_gives_plain_json_back(server, exact):
-    answer = post(server, plain(want=["topk"], top_k=2), **{"x-request-id": "my-id.7"})
+    answer = post(server, plain(top_k=2), **{"x-request-id": "my-id.7"})
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] == answer.json()["request_id"] == "my-id.7"
     first = answer.json()["items"][0]
     wanted = logprobs_after(exact, [1, 2], [3, 4])[[0, 1], [3, 4]]
     assert (first["id"], first["status"]) == ("first", ScoreStatus.OK)
-    np.testing.assert_allclose(first["sampled"], wanted, atol=TOLERANCE)
+    check_near(first["sampled"], wanted)
     assert len(first["topk_ids"][0]) == 2
 
 
 async def test_a_probe_finds_what_the_server_can_do(server):
-    report = await probe(server.url, KEY)
-    assert (report.reachable, report.problem, report.tier) == (True, None, Tier.IDS)
+    async with TeacherClient(endpoint(server.url, key=KEY)) as client:
+        report = await probe(client)
+    assert (report.problems, report.notes, report.tier) == ((), (), Tier.FULL)
     assert (report.context_length, report.max_top_k) == (512, 16)
     assert report.identity.name == "tiny"
-    assert report.greedy_gap < TOLERANCE
-    assert report.mass_error < 1e-5
-    assert report.noise < TOLERANCE
-    assert report.uniform is False
-    assert replace(report, entropy_ratio=1.0).uniform is True
+    assert report.measured["greedy_gap"] < TOLERANCE
+    assert report.measured["mass_error"] < 1e-5
+    assert max(report.measured["noise"], report.measured["batch_gap"]) < TOLERANCE
     assert report.latency_ms > 0
     assert report.tokens_per_s > 0
 
 
 async def test_a_probe_reports_why_it_got_nowhere(server):
-    away = await probe("http://127.0.0.1:9", KEY, deadline_s=0.5)
-    locked = await probe(server.url, "wrong")
-    assert (away.reachable, away.tier, locked.reachable, locked.tier) == (False, None, False, None)
-    assert "no answer" in away.problem
-    assert "401" in locked.problem
+    async with TeacherClient(endpoint("http://127.0.0.1:9", key=KEY, deadline_s=0.5)) as client:
+        away = await probe(client)
+    async with TeacherClient(endpoint(server.url, key="wrong")) as client:
+        locked = await probe(client)
+    assert (away.able, away.tier, locked.able, locked.tier) == (None, None, None, None)
+    assert "no answer" in away.problems[0]
+    assert "401" in locked.problems[0]
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -202,7 +205,9 @@ async def test_a_probe_reports_why_it_got_nowhere(server):
         (plain(teacher_context_ids=[VOCABULARY]), 400, "invalid_value", "items[1].teacher_context_ids"),
         (plain(context_ids=[1] * 512), 400, "context_length_exceeded", "items[1].completion_ids"),
         (plain(token_ids=[[1], [2]]), 400, "invalid_request", "items[1].token_ids"),
-        (plain(want=["topk"], top_k=17), 400, "invalid_value", "top_k"),
+        (plain(top_k=17), 400, "invalid_value", "top_k"),
+        (plain(draws=17), 400, "invalid_value", "draws"),
+        (plain(hidden=63), 400, "invalid_value", "hidden"),
         (plain(temperature=0.5), 400, "invalid_request", "temperature"),
         (plain(colour="blue"), 400, "invalid_request", "colour"),
         (plain(model="other"), 404, "model_not_found", "model"),
@@ -222,17 +227,15 @@ def test_a_wrong_request_is_refused_by_the_name_of_the_item_and_the_field(server
 
 def test_too_many_ids_per_position_are_refused(server):
     wide = [list(range(17))] * 2
-    body = {"model": "tiny", "want": ["token_ids"], "items": [dict(plain()["items"][0], token_ids=wide)]}
+    body = {"model": "tiny", "num_ids": 17, "items": [dict(plain()["items"][0], token_ids=wide)]}
     answer = post(server, body)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "items[0].token_ids")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "num_ids")
 
 
 def test_too_many_items_and_too_many_tokens_are_413(server):
     many = {"model": "tiny", "items": [dict(plain()["items"][0], id=str(n)) for n in range(9)]}
-    long = {
-        "model": "tiny",
-        "items": [{"id": str(n), "context_ids": [1] * 400, "completion_ids": [2]} for n in range(8)],
-    }
+    items = [{"id": str(n), "context_ids": [1] * 400, "completion_ids": [2]} for n in range(8)]
+    long = {"model": "tiny", "items": items}
     for body in (many, long):
         answer = post(server, body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (413, "items")
@@ -253,9 +256,8 @@ def test_a_body_that_turns_out_too_large_is_refused_while_it_streams(server):
         for _ in range(9):
             yield b" " * (SMALL_BODY // 8)
 
-    answer = httpx2.post(
-        f"{server.url}/v1/score", content=chunks(), headers={"content-type": JSON, **BEARER}, trust_env=False
-    )
+    headers = {"content-type": JSON, **BEARER}
+    answer = httpx2.post(f"{server.url}/v1/score", content=chunks(), headers=headers, trust_env=False)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
@@ -267,9 +269,8 @@ def test_other_encodings_are_415(server, headers):
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"bearer {KEY}", f"Basic {KEY}", "Bearer schlüssel"])
 @pytest.mark.parametrize(("method", "path"), [("POST", "score"), ("GET", "models"), ("GET", "capabilities")])
 def test_every_v1_route_is_401_without_the_key(server, method, path, given):
-    answer = httpx2.request(
-        method, f"{server.url}/v1/{path}", headers={"authorization": given.encode("latin-1")}, trust_env=False
-    )
+    headers = {"authorization": given.encode("latin-1")}
+    answer = httpx2.request(method, f"{server.url}/v1/{path}", headers=headers, trust_env=False)
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
@@ -286,14 +287,14 @@ def test_a_request_id_that_could_smuggle_anything_is_replaced(server):
 
 
 async def test_the_client_turns_refusals_into_the_right_errors(server):
-    async with TeacherClient(server.url, KEY, 10.0, 1) as client:
+    async with TeacherClient(endpoint(server.url, key=KEY)) as client:
         able = await client.capabilities()
         other = TeacherIdentity(name="tiny", revision=able.revision, tokenizer_fingerprint="another")
         with pytest.raises(TokenizerMismatch):
-            await client.score([item()], frozenset(), 0, other)
+            await client.score([item()], Ask(), other)
         with pytest.raises(TeacherRefused, match=r"items\[0\].completion_ids"):
-            await client.score([item(completion=(VOCABULARY,))], frozenset(), 0, able.identity)
-    async with TeacherClient(server.url, "wrong", 10.0, 1) as client:
+            await client.score([item(completion=(VOCABULARY,))], Ask(), able.identity)
+    async with TeacherClient(endpoint(server.url, key="wrong")) as client:
         with pytest.raises(TeacherRefused, match="401"):
             await client.capabilities()
 
@@ -304,7 +305,7 @@ async def test_the_client_turns_refusals_into_the_right_errors(server):
 def heavy() -> bytes:
     """Enough work to be still at it when a signal arrives."""
     items = [item(str(n), context=[n] * 100, completion=[5] * 400) for n in range(64)]
-    return encode_request(request(*items, want=frozenset({"topk", "entropy"}), top_k=16), JSON)
+    return encode_request(request(*items, ask=Ask(top_k=16, entropy=True)), JSON)
 
 
 def test_the_watching_routes_need_no_key_and_count_the_tokens(server):
@@ -335,7 +336,7 @@ def test_sigterm_answers_what_was_accepted_and_leaves_no_process(folder):
         body = heavy()
         connection.sendall(
             f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: {JSON}\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            f"Accept: {SAFETENSORS}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
         wait_until(lambda: metric(running, "teacher_queue_tokens") > 0, seconds=10)
@@ -373,10 +374,8 @@ def is_running(pid: int) -> bool:
 
 
 def run_server(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "teacher_server", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False
-    )
+    command, variables = [sys.executable, "-m", "teacher_server", *arguments], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables, check=False)
 
 
 @pytest.mark.parametrize(

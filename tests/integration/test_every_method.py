@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from orchestrator.launch import Site, site
 from orchestrator.run import execute
@@ -46,7 +47,15 @@ async def opened(folder: Path) -> AsyncIterator[Site]:
             table = read_mapping(recipes.folder() / "models.toml")[name]
             texts = ["user\n123 + 456\nassistant\n"] * 8
             await found.create(folder / name, ScratchConfig.model_validate(table), texts=texts, seed=len(name))
+        sharpen(folder / "teacher" / "model.safetensors")
         yield found
+
+
+def sharpen(file: Path) -> None:
+    """Give the untrained teacher something to say: one that predicts nothing is refused before the run."""
+    weights = safetensors.numpy.load_file(file)
+    weights["lm_head.weight"] *= 20
+    safetensors.numpy.save_file(weights, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +71,8 @@ def mapping(folder: Path, method: str, teacher: dict[str, Any]) -> dict[str, Any
     overs = {term.over for term in objective.terms.values()}
     rollout: dict[str, Any] = {"prompts_per_step": 2, "max_prompt_tokens": 64, "sampling": {"max_new_tokens": 12}}
     if overs == {"others"} and not objective.reads_reward:
-        rollout["source"] = "reference"
-    elif "others" in overs or objective.compares_completions:
+        rollout["source"] = PRESETS[method].settings.get("rollout.source", "reference")
+    elif objective.reads_others:
         rollout["beside"] = "reference"
     if "privileged" in overs:
         rollout["view"] = "privileged"
@@ -86,10 +95,10 @@ def config_of(folder: Path, method: str, served: dict[str, str]) -> RunConfig:
     local = {"kind": "local", "models": [{"model": str(folder / "teacher")}]}
     if PRESETS[method].context == "privileged":
         teacher: dict[str, Any] = {"kind": "self", "privileged_template": TEMPLATE}
-    elif PRESETS[method].objective.tier is Tier.TEXT:
+    elif PRESETS[method].objective.tier is Tier.TEXT and PRESETS[method].settings.get("rollout.source") != "handoff":
         teacher = {"kind": "none"}
     else:
-        teacher = local if PRESETS[method].objective.tier is Tier.FULL else served
+        teacher = served if PRESETS[method].objective.tier in {Tier.SAMPLED, Tier.TOPK, Tier.IDS} else local
     return parse(mapping(folder, method, teacher))
 
 
@@ -105,6 +114,31 @@ async def test_a_method_trains_for_a_few_steps(method: str, opened: Site, folder
     assert all(step["loss"] is not None and math.isfinite(step["loss"]) for step in steps)
     if not PRESETS[method].objective.reads_reward:  # an untrained model earns nothing, and then nothing moves
         assert all(step["grad_norm"] > 0 for step in steps)
+
+
+async def losses_of(config: RunConfig, opened: Site) -> list[float]:
+    """Of every step of the run, whose canaries passed where it is scored from outside."""
+    journal = Journal(Path(config.runs) / config.name)
+    await execute(config, opened, journal)
+    journal.close()
+    passed = [event["type"] for event in read_jsonl(journal.folder / "events.jsonl")].count("canaries.passed")
+    assert passed == (config.teacher.kind == "server")
+    return [step["loss"] for step in read_jsonl(journal.folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("where", ["model", "url"])
+async def test_a_server_that_sends_its_states_teaches_as_its_model_does_in_the_learner(
+    where: str, opened: Site, folder: Path, served: dict[str, str]
+) -> None:
+    model = str(folder / "teacher")
+    inside = {"kind": "local", "models": [{"model": model}]}
+    sends = {"kind": "server", "model": model} if where == "model" else {**served, "head": model}
+    runs = {f"inside-{where}": inside, f"sent-{where}": sends}
+    configs = [parse({**mapping(folder, "gkd", teacher), "name": name}) for name, teacher in runs.items()]
+    exact, found = [await losses_of(config, opened) for config in configs]
+    assert len(exact) == len(found) == 2
+    assert found != exact  # states are rounded
+    assert found == pytest.approx(exact, rel=1e-2)
 
 
 @pytest.mark.parametrize("method", [name for name in PRESETS if name not in WHOLE])

@@ -16,7 +16,7 @@ from learner.logprobs import Tally
 from learner.trainer import Batch, Masks, Trainer
 from potstill.errors import RunError, SignalLost
 from potstill.types import ScoredRollout, ScoreStatus, TeacherScores
-from potstill.wire import unscored
+from potstill.wire import Ask, unscored
 from tests.rollouts import IDENTITY, make_rollout, scores_of
 from tests.trainers import (
     PLAIN,
@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "opd": {"method": "opd", "objective": {"support": {"k": K}}},
     "opd_sampled": {"method": "opd_sampled"},
     "gkd_topk": {"method": "gkd_topk", "objective": {"support": {"k": K}}},
+    "async_opd": {"method": "async_opd", "objective": {"support": {"m": 4}}},
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -55,14 +56,17 @@ def honest_batch(
         prompt, completion = random.integers(0, VOCABULARY, 3), random.integers(0, VOCABULARY, length)
         own, teachers = logprobs(sampler, prompt, completion), logprobs(teacher, prompt, completion)
         support, topk = np.argsort(-own, axis=1)[:, :K], np.argsort(-teachers, axis=1)[:, :K]
+        draws = random.integers(0, VOCABULARY, (length, 4))
         rollout = make_rollout(
             id=f"p{number}/0",
             prompt=prompt,
             completion=completion,
             student=own[np.arange(length), completion],
             support_ids=support,
+            draw_ids=draws,
+            draw_logprobs=np.take_along_axis(own, draws, axis=1),
         )
-        scores = scores_of(teachers, completion=completion, topk=topk, support=support)
+        scores = scores_of(teachers, completion=completion, topk=topk, support=support, draws=draws)
         batch.append(ScoredRollout(rollout=rollout, scores=scores))
     return batch
 
@@ -170,14 +174,14 @@ def test_scores_that_are_not_used_are_found(method: dict[str, Any]) -> None:
 @every_method
 def test_items_that_the_teacher_failed_to_score_are_left_out(method: dict[str, Any]) -> None:
     batch = honest_batch()
-    failed = unscored(IDENTITY, ScoreStatus.FAILED, num_tokens=4, top_k=K, num_ids=K, entropy=False)
+    failed = unscored(IDENTITY, ScoreStatus.FAILED, num_tokens=4, ask=Ask(top_k=K, num_ids=K))
     with_failed = [ScoredRollout(rollout=batch[0].rollout, scores=failed), *batch[1:]]
     trainer = make_trainer(seed=STUDENT, **method)
     assert canaries.check(trainer, with_failed) == canaries.check(trainer, batch[1:])
 
 
 def test_a_batch_without_any_score_is_no_pass() -> None:
-    failed = unscored(IDENTITY, ScoreStatus.DEADLINE, num_tokens=4, top_k=K, num_ids=0, entropy=False)
+    failed = unscored(IDENTITY, ScoreStatus.DEADLINE, num_tokens=4, ask=Ask(top_k=K))
     batch = [ScoredRollout(rollout=honest_batch()[0].rollout, scores=failed)]
     with pytest.raises(SignalLost, match="the teacher scored none"):
         canaries.check(make_trainer(seed=STUDENT, **METHODS["gkd_topk"]), batch)

@@ -17,7 +17,8 @@ The catalogue of distillation's tests:
 13  a teacher that is the student               test_canaries.py, test_golden_selfdistilled.py, here
 14  optima of a tabular policy                  test_convergence.py
 15  variance of m draws                         test_estimators.py
-16  DPO and Bradley-Terry at the start          test_pairs.py, test_golden_offline.py
+16  DPO and Bradley-Terry at the start          test_pairs.py, test_golden_offline.py,
+                                                test_golden_blackbox.py, test_discriminator.py
 17  Plackett-Luce: normalised, ordered          test_rankings.py
 18  bandits, replay, routing                    test_ensemble.py (Hedge; no UCB exists), test_offpolicy.py
 19  tokens that the teacher rules out           test_divergences.py, test_tempering.py, test_trainer.py, test_scoring.py
@@ -234,7 +235,10 @@ def test_what_is_known_of_a_masked_token_changes_nothing(name: str) -> None:
         mask = scored.rollout.loss_mask
         scores = {
             field: without(getattr(scored.scores, field), mask)
-            for field in ("sampled", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy")
+            for field in (
+                *("sampled", "draws", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail"),
+                "entropy",
+            )
         }
         student = without(scored.rollout.student_logprobs, mask)
         spoilt.append(changed(scored, scores=scores, student_logprobs=student))

@@ -17,7 +17,8 @@ from learner import checkpoint
 from learner.model import load_student
 from learner.packing import pack
 from learner.trainer import Trainer
-from potstill.errors import ConfigError
+from orchestrator.run import last_checkpoint
+from potstill.errors import ConfigError, RunError
 from tests.rollouts import random_batch
 from tests.tiny_models import save_tiny_model
 from tests.trainers import SELF_TEACHER, VOCABULARY, make_config, plain_logits, same, take_step, weights_of
@@ -240,3 +241,17 @@ def test_pruning_keeps_the_newest_and_touches_nothing_else(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"step-000010", "step-000100", "best", ".step-000101.77"}
     checkpoint.prune(tmp_path, keep=5)
     assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_the_newest_checkpoint_has_the_highest_number_even_where_names_outgrow_their_padding(tmp_path: Path) -> None:
+    parent = tmp_path / "checkpoints"
+    for name in ("step-1000000", "step-999998", "step-999999"):
+        (parent / name / "model").mkdir(parents=True)
+    assert last_checkpoint(tmp_path) == parent / "step-1000000" / "model"
+    checkpoint.prune(parent, keep=2)
+    assert {path.name for path in parent.iterdir()} == {"step-999999", "step-1000000"}
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no checkpoint"):
+        last_checkpoint(tmp_path)

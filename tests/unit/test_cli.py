@@ -99,7 +99,7 @@ def test_a_misspelt_key_is_one_line_and_nothing_is_written(place: Path, command:
 
 def test_a_run_that_cannot_work_is_refused_before_anything_is_written(place: Path):
     before = contents(place)
-    assert_one_line(potstill("run", "run.toml", "method=opsd", at=place), 2, "nearest that it can serve: ")
+    assert_one_line(potstill("run", "run.toml", "method=opsd", at=place), 2, "teacher.privileged_template")
     assert_one_line(potstill("run", "run.toml", "data.path=none.jsonl", at=place), 2, "none.jsonl")
     assert_one_line(potstill("run", "run.toml", "eval.items=3", at=place), 2, "eval.items = 3", "data.holdout")
     assert_one_line(potstill("run", "none.toml", at=place), 2, "none.toml: cannot be read")
@@ -142,14 +142,23 @@ def test_a_probe_says_what_a_teacher_can_be_used_for(place: Path):
         potstill("teacher", "probe", "http://127.0.0.1:1", "--key-env", "NONE", at=place), 2, "no variable NONE"
     )
     with teacher_server(place / "student") as server:
-        done = potstill("teacher", "probe", server.url, "--key-env", "SECRET", "--json", at=place, SECRET=KEY)
-        refused = potstill("teacher", "probe", server.url, "--key-env", "SECRET", at=place, SECRET="wrong")
+        asked = ("teacher", "probe", server.url, "--key-env", "SECRET")
+        done = potstill(*asked, "--student", "student", "--json", at=place, SECRET=KEY)
+        refused = potstill(*asked, at=place, SECRET="wrong")
     found = json.loads(done.stdout)
-    assert (done.returncode, found["problem"], found["tier"]) == (0, None, "IDS")
-    assert {"opd", "opd_sampled", "gkd_topk", "sft"} <= set(found["methods"])
-    assert not {"gkd", "opsd"} & set(found["methods"])
+    assert (done.returncode, found["problems"], found["kind"], found["tier"]) == (0, [], "server", "FULL")
+    assert found["student"]["lines"][0] == "the same tokenizer as the student's"
+    assert {"opd", "opd_sampled", "gkd_topk", "gkd", "sft"} <= set(found["methods"])
     assert refused.returncode == 3
+    assert refused.stdout.startswith("refused ")
     assert "401" in refused.stdout
+
+
+def test_a_probe_of_a_run_needs_a_teacher_that_is_there_and_no_url(place: Path):
+    own = potstill("teacher", "probe", "--config", "run.toml", at=place)
+    assert_one_line(own, 2, "nobody to probe")
+    both = potstill("teacher", "probe", "http://127.0.0.1:1", "--config", "run.toml", at=place)
+    assert_one_line(both, 2, "a URL or --config")
 
 
 def test_an_unknown_command_or_option_is_no_traceback(place: Path):

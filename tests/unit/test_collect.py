@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from orchestrator.buffer import Buffer
 from potstill.config import JsonlData, RunConfig, SamplingConfig
 from potstill.config_file import parse
 from potstill.environments import Environment, open_environment
 from potstill.errors import ConfigError
 from potstill.tokenization import render
 from potstill.types import FinishReason, Message, Prompt, ScoredRollout
+from potstill.wire import Ask
+from rollout_worker.actor import receipt_of
 from rollout_worker.collect import Collected, Collector
 from rollout_worker.engine import Completion, GenerationRequest
 from tests.builders_teacher import IDENTITY, failed_scores
+from tests.collectors import collector_of
 from tests.rollouts import make_scores
 from tests.tiny_models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SERVER = {"kind": "server", "model": "models/teacher"}
+ADVISOR = {"url": "http://127.0.0.1:1", "model": "m"}
 DATA = (
     '{"prompt": "1 + 2 = ?", "answer": "3", "solution": "so 3"}\n'
     '{"prompt": "2 + 2 = ?", "answer": "4", "solution": "so 4", "domain": "even"}\n'
@@ -70,12 +75,19 @@ class ScriptedTeacher:
         self._failing = failing
         self.asked: list[Any] = []
 
-    async def score(self, items: Any, want: Any, top_k: int, expect: Any) -> list[Any]:
-        self.asked.append((items, want, top_k, expect))
+    async def score(self, items: Any, ask: Any, expect: Any) -> list[Any]:
+        self.asked.append((items, ask, expect))
         return [
             failed_scores(item) if item.id == self._failing else make_scores(sampled=[-1.0] * len(item.completion_ids))
             for item in items
         ]
+
+
+class CountUp:
+    """An advisor of few words."""
+
+    async def advised(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [replace(prompt, advice="count up") for prompt in prompts]
 
 
 def tokens(text: str) -> list[int]:
@@ -111,20 +123,9 @@ def environment(tmp_path: Path) -> Environment:
     return open_environment(JsonlData(path=str(tmp_path / "data.jsonl"), verifier="last_number"))
 
 
-def make_collector(
-    config: RunConfig, environment: Environment, *, student: Any = None, writer: Any = None, teacher: Any = None
-) -> Collector:
-    """A student that writes what it always writes, and beside it the teacher's engine where one is given."""
-    student = student or ScriptedEngine()
-    return Collector(
-        config,
-        student=student,
-        teacher_engine=writer,
-        tokenizer=TOKENIZER,
-        environment=environment,
-        teacher=teacher,
-        identity=None if teacher is None else IDENTITY,
-    )
+def make_collector(config: RunConfig, environment: Environment, *, student: Any = None, **parts: Any) -> Collector:
+    """A student that writes what it always writes, and beside it what `parts` bring."""
+    return collector_of(config, environment, TOKENIZER, student=student or ScriptedEngine(), **parts)
 
 
 def prompts(environment: Environment, count: int = 2) -> list[Prompt]:
@@ -235,7 +236,7 @@ async def test_a_teacher_that_scores_gets_its_privileged_prompt_beside_the_stude
     teacher = ScriptedTeacher()
     config = make_config("teacher.privileged_template={prompt} (it is {answer})")
     scored = only(await make_collector(config, environment, teacher=teacher).collect(prompts(environment, 1)))
-    ((item,), _, _, _) = teacher.asked[0]
+    ((item,), _, _) = teacher.asked[0]
     assert item.context_ids.tolist() == chat("1 + 2 = ?")
     assert item.teacher_context_ids.tolist() == chat("1 + 2 = ? (it is 3)")
     assert scored.rollout.teacher_context_ids is not None
@@ -243,25 +244,24 @@ async def test_a_teacher_that_scores_gets_its_privileged_prompt_beside_the_stude
 
 
 @pytest.mark.parametrize(
-    ("method", "want", "top_k", "with_ids"),
+    ("method", "ask"),
     [
-        ("opd", {"sampled", "token_ids"}, 0, True),
-        ("gkd_topk", {"sampled", "topk"}, 16, False),
-        ("opd_sampled", {"sampled"}, 0, False),
+        ("opd", Ask(num_ids=4)),
+        ("gkd_topk", Ask(top_k=16)),
+        ("opd_sampled", Ask()),
+        ("eopd", Ask(top_k=16, entropy=True)),
     ],
 )
-async def test_a_teacher_is_asked_for_what_the_method_reads(
-    environment: Environment, method: str, want: set[str], top_k: int, with_ids: bool
-):
+async def test_a_teacher_is_asked_for_what_the_method_reads(environment: Environment, method: str, ask: Ask):
     teacher = ScriptedTeacher()
     config = make_config(*(["objective.support.k=4"] if method == "opd" else []), method=method)
     collected = await make_collector(config, environment, teacher=teacher).collect(prompts(environment))
-    ((items, wanted, k, expected),) = teacher.asked
-    assert (set(wanted), k, expected) == (want, top_k, IDENTITY)
+    ((items, *rest),) = teacher.asked
+    assert rest == [ask, IDENTITY]
     for item, scored in zip(items, collected.scored, strict=True):
         assert item.id == scored.rollout.id
         assert item.completion_ids is scored.rollout.completion_ids
-        assert item.token_ids is (scored.rollout.support_ids if with_ids else None)
+        assert item.token_ids is (scored.rollout.support_ids if ask.num_ids else None)
         assert scored.scores is not None
 
 
@@ -290,7 +290,7 @@ async def test_the_writer_is_judged_with_its_privilege_and_the_student_without(e
     config = make_config(method="sft", source="teacher", teacher=teacher)
     collector = make_collector(config, environment, student=student, writer=writer)
     await collector.evaluate(prompts(environment, 1), "student")
-    await collector.evaluate(prompts(environment, 1), "writer")
+    await collector.evaluate(prompts(environment, 1), "teacher")
     assert student.requests[0].prompt_ids.tolist() == chat("1 + 2 = ?")
     assert writer.requests[0].prompt_ids.tolist() == chat("1 + 2 = ? (it is 3)")
 
@@ -298,7 +298,7 @@ async def test_the_writer_is_judged_with_its_privilege_and_the_student_without(e
 async def test_no_teacher_can_be_judged_where_none_writes(environment: Environment):
     config = make_config(method="sft", source="reference", teacher={"kind": "none"})
     with pytest.raises(ConfigError, match="no teacher writes"):
-        await make_collector(config, environment).evaluate(prompts(environment, 1), "writer")
+        await make_collector(config, environment).evaluate(prompts(environment, 1), "teacher")
 
 
 async def test_a_text_beside_the_students_own_is_of_the_same_prompt_and_nobodys_weights(environment: Environment):
@@ -316,7 +316,7 @@ async def test_a_text_beside_the_students_own_is_of_the_same_prompt_and_nobodys_
 async def test_a_share_of_the_prompts_is_answered_by_the_data_instead_and_always_the_same(environment: Environment):
     changes = ("rollout.beside=reference", "rollout.beside_share=0.5", "rollout.beside_instead=true")
     two = prompts(environment)
-    many = [Prompt(**{**_fields(two[i % 2]), "id": f"p{i}"}) for i in range(100)]
+    many = [replace(two[i % 2], id=f"p{i}") for i in range(100)]
 
     async def origins(taken: Sequence[Prompt]) -> dict[str, str]:
         collected = await make_collector(make_config(*changes, method="gkd_topk"), environment).collect(taken)
@@ -342,5 +342,59 @@ async def test_a_privileged_view_writes_once_under_the_hint_and_is_learnt_under_
     assert own.student_logprobs.tolist() == privileged.student_logprobs.tolist()
 
 
-def _fields(prompt: Prompt) -> dict[str, Any]:
-    return {field.name: getattr(prompt, field.name) for field in dataclasses.fields(prompt)}
+async def test_sodas_pairs_are_a_snapshots_answers_beside_the_teachers(environment: Environment):
+    snapshot, writer = ScriptedEngine("4"), ScriptedEngine("3")
+    config = make_config("rollout.beside=teacher", method="soda", source="snapshot")
+    collected = await make_collector(config, environment, writer=writer, snapshot=snapshot).collect(
+        prompts(environment)
+    )
+    rollouts = [scored.rollout for scored in collected.scored]
+    assert [(r.id, r.origin, r.snapshot, TOKENIZER.decode(r.completion_ids[:-1])) for r in rollouts] == [
+        ("train-0/0", "student", True, "4"),
+        ("train-1/0", "student", True, "4"),
+        ("train-0/teacher", "others", False, "3"),
+        ("train-1/teacher", "others", False, "3"),
+    ]
+    assert all(rollout.loss_mask.all() for rollout in rollouts)
+    assert np.isfinite(rollouts[0].student_logprobs).all()
+
+
+async def test_a_snapshots_text_is_of_no_version_and_never_too_old(environment: Environment):
+    config = make_config("rollout.beside=teacher", method="soda", source="snapshot")
+    collector = make_collector(config, environment, writer=ScriptedEngine(), snapshot=ScriptedEngine())
+    collected = await collector.collect(prompts(environment, 1))
+    receipts = [receipt_of(collected, position, collected.scored) for position in (0, 1)]
+    assert [receipt.oldest_version for receipt in receipts] == [-1, -1]
+    buffer = Buffer(prompts_per_step=1, steps=99, max_staleness=0, max_unscored_fraction=0.0, version=90)
+    await buffer.grant(1)
+    await buffer.put(90, receipts)
+    assert (await buffer.batch(91)).receipts == tuple(receipts)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_a_reference_that_is_learnt_under_the_hint_says_so(environment: Environment, share: float):
+    teacher = {"kind": "self", "privileged_template": "{prompt} (it is {answer})"}
+    config = make_config(f"rollout.privileged_share={share}", method="sft", source="reference", teacher=teacher)
+    rollout = only(await make_collector(config, environment).collect(prompts(environment, 1))).rollout
+    assert rollout.privileged == bool(share)
+    assert rollout.prompt_ids.tolist() == chat("1 + 2 = ? (it is 3)" if share else "1 + 2 = ?")
+    assert rollout.origin == "others"
+
+
+async def test_a_teacher_that_is_examined_reads_its_advice(environment: Environment):
+    writer = ScriptedEngine()
+    teacher = {"kind": "self", "privileged_template": "{prompt} ({advice})", "advisor": ADVISOR}
+    config = make_config(method="sft", source="teacher", teacher=teacher)
+    collector = make_collector(config, environment, writer=writer, advisor=CountUp())
+    await collector.evaluate(prompts(environment, 1), "teacher")
+    assert writer.requests[0].prompt_ids.tolist() == chat("1 + 2 = ? (count up)")
+
+
+async def test_held_out_answers_are_sampled_where_the_config_says_so(environment: Environment):
+    engine = ScriptedEngine()
+    teacher = {"kind": "self", "privileged_template": "{prompt} {answer}"}
+    changes = ("eval.temperature=1.0", "rollout.samples_per_prompt=3", "rollout.view=privileged")
+    config = make_config(*changes, method="opsd", teacher=teacher)
+    verdicts = await make_collector(config, environment, student=engine).evaluate(prompts(environment), "student")
+    assert [request.prompt_ids.tolist() for request in engine.requests] == [chat("1 + 2 = ?"), chat("2 + 2 = ?")]
+    assert (len(verdicts.rewards), engine.asked[0][0].temperature) == (2, 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from orchestrator import quickstart
+from orchestrator.recipe_table import PREPARATIONS, RECIPES
 from potstill import config_page, methods_page, recipes
 from potstill.algebra.objective import Objective, Tier
 from potstill.algebra.supports import StudentTopK
@@ -69,13 +69,18 @@ def test_the_page_of_methods_has_every_preset_once_in_its_family_and_once_in_the
 def test_a_recommended_method_can_run_with_the_teacher_that_one_has(having: str, tier: Tier, names: tuple[str, ...]):
     unfit = [name for name in names if PRESETS[name].objective.tier > tier or PRESETS[name].missing]
     assert unfit == []
-    assert all(PRESETS[name].objective.reads_reward == ("verifier" in having) for name in names)
+    assert all(PRESETS[name].objective.reads_verdict == ("verifier" in having) for name in names)
 
 
 @pytest.mark.parametrize(
     ("made", "said"),
     [
         (objective(loss="likelihood"), "likelihood; by token_mean"),
+        (
+            objective(over="student", loss={"kind": "policy_gradient", "reward": 1.0}, judge="discriminator"),
+            "on the student's text: policy_gradient (reward 1) over sampled; by token_mean; "
+            "judged by discriminator (lr 1e-06, max_grad_norm 0.2)",
+        ),
         (
             objective(support="full", loss="forward_kl", target="taid", weight=0.5, over="student"),
             "on the student's text: 0.5 · forward_kl over full → taid (start 0.4, rate 0.0005, momentum 0.99); "
@@ -131,7 +136,7 @@ def test_every_scratch_model_is_one():
 
 def test_every_phase_of_the_quickstart_is_shipped():
     models = read_mapping(recipes.folder() / MODELS)
-    for recipe in quickstart.RECIPES.values():
-        for phase in (*recipe.prepared, recipe.distil, recipe.control):
-            assert (recipes.folder() / f"{phase}.toml").exists(), phase
-        assert set(recipe.prepared.values()) <= models.keys()
+    prepared = [PREPARATIONS[name] for recipe in RECIPES.values() for name in recipe.prepared]
+    for phase in [*prepared, *(run for recipe in RECIPES.values() for run in recipe.runs)]:
+        assert (recipes.folder() / f"{phase.config}.toml").exists(), phase
+        assert phase.scratch is None or phase.scratch in models, phase

@@ -49,7 +49,7 @@ def test_no_held_out_question_is_ever_trained_on_however_few_questions_there_are
     held_out = {question(prompt) for prompt in environment.held_out(8)}
     assert len(held_out) == 8
     for run in (0, 1, 2):
-        prompts = PromptStream(environment, seed=run).take(range(400))
+        prompts = PromptStream(environment, seed=run, prompts_per_step=8).take(range(400))
         assert held_out.isdisjoint(question(prompt) for prompt in prompts)
 
 
@@ -113,10 +113,11 @@ def test_the_last_answer_counts():
 
 def test_two_runs_see_other_prompts_and_one_run_the_same():
     environment = sums(min_terms=4, max_terms=4, min_digits=4, max_digits=4)
-    first, again, other = (PromptStream(environment, seed=seed).take(range(20)) for seed in (0, 0, 1))
+    streams = [PromptStream(environment, seed=seed, prompts_per_step=8) for seed in (0, 0, 1)]
+    first, again, other = (stream.take(range(20)) for stream in streams)
     assert first == again
     assert {question(p) for p in first}.isdisjoint(question(p) for p in other)
-    assert PromptStream(environment, seed=0).take([5, 3]) == [first[5], first[3]]
+    assert streams[0].take([5, 3]) == [first[5], first[3]]
 
 
 def test_lines_are_prompts_in_their_order_and_from_the_top_again(tmp_path: Path):

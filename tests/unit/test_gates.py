@@ -17,6 +17,8 @@ from learner import gates as module
 from learner.facts import Facts
 from learner.gates import early_weight, evidence, gate_factor, opener, top_share
 from potstill.algebra.gates import (
+    AlignedOneToOne,
+    AlignedSpan,
     Confidence,
     EarlyWeight,
     EntropyGap,
@@ -46,6 +48,8 @@ UNSCORED: tuple[Gate, ...] = (
     Window(first=1, last=4),
     PerDomain(weights={"math": 1.0, "code": 0.25}),
     PerTeacher(weights={"a": 2.0, "b": 0.0}),
+    AlignedOneToOne(),
+    AlignedSpan(),
 )
 every_gate = pytest.mark.parametrize("gate", [*READS, *UNSCORED], ids=lambda gate: str(gate.kind))
 entropies = st.lists(st.floats(0, 12), min_size=1, max_size=30)
@@ -73,6 +77,8 @@ def facts_of(lengths: tuple[int, ...], *, seed: int = 0, **changes: Any) -> Fact
         teacher_entropy=positive(count),
         student_entropy=positive(count),
         teacher_topk=-positive(count, 3),
+        chunks=torch.arange(count),
+        topk_ids=torch.where(positive(count, 1) > 1, torch.arange(3), -1),
         reward=(positive(len(lengths)) - 1).repeat_interleave(torch.tensor(lengths)),
         pass_rate_weight=positive(len(lengths)).repeat_interleave(torch.tensor(lengths)),
         domains=tuple("math" if index % 2 else "code" for index in range(len(lengths))),

@@ -88,10 +88,11 @@ async def run(
     config = LoopConfig(steps=steps, max_staleness=S, max_train_tokens=max_train_tokens)
     recorder = Recorder(journal=Journal(folder / "run"), config=config)
     buffer = Buffer(prompts_per_step=B, steps=steps, max_staleness=S, max_unscored_fraction=0.0, version=0)
+    prompts = PromptStream(environment, seed=0, prompts_per_step=B)
     before = asyncio.all_tasks()
     try:
         await asyncio.wait_for(
-            distil(crew, PromptStream(environment, seed=0), buffer, recorder, NotingChores(crew)),  # type: ignore[arg-type]
+            distil(crew, prompts, buffer, recorder, NotingChores(crew)),  # type: ignore[arg-type]
             20,
         )
     finally:

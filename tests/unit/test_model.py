@@ -126,7 +126,7 @@ def test_a_run_that_is_all_warm_up_divides_by_nothing(schedule: str) -> None:
 def test_weight_decay_is_on_matrices_only() -> None:
     student = make_student()
     before = weights_of(student.network)
-    optimizer = make_optimizer(student, optim(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(student.parameters(), optim(lr=0.1, weight_decay=0.5))
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from learner.facts import ORIGINS, Facts
 from learner.pairs import bradley_terry, preference, sequence_sums
+from potstill.algebra.losses import Preference
 
 BETA = 0.3
 
@@ -54,7 +55,7 @@ def logprobs(tokens: int, *, seed: int) -> Tensor:
 
 def added_up(found: Facts, written: Tensor, *, beta: float = BETA, chunk: int = 5) -> Tensor:
     """The objective under sequence_sum: every row weighs 1 / num_sequences; a few rows at a time."""
-    pairs = preference(found, beta=beta)
+    pairs = preference(found, Preference(beta=beta))
     rows = torch.arange(len(written)).split(chunk)
     return torch.cat([pairs.loss(written[part], part) for part in rows]).sum() / len(found.lengths)
 
@@ -84,7 +85,7 @@ def test_rows_add_up_to_dpo_in_value_and_gradient(beta: float, chunk: int) -> No
 def test_each_completion_carries_the_loss_of_its_pair() -> None:
     student, reference = logprobs(22, seed=3), logprobs(22, seed=4)
     found = facts(**SIX, student=student, reference=reference)
-    rows = preference(found, beta=BETA).loss(student, torch.arange(22))
+    rows = preference(found, Preference(beta=BETA)).loss(student, torch.arange(22))
     sums = sequence_sums(rows, found)
     for chosen, rejected in PAIRS_OF_SIX:
         one = literal_dpo(student, reference, SIX["lengths"], [(chosen, rejected)], beta=BETA)
@@ -130,7 +131,7 @@ def test_a_margin_of_hundreds_of_nats_is_neither_infinite_nor_without_gradient()
             student=torch.tensor(student, dtype=torch.float64),
             reference=reference,
         )
-        pairs = preference(found, beta=BETA)
+        pairs = preference(found, Preference(beta=BETA))
         assert pairs.value.isfinite().all()
         torch.testing.assert_close(pairs.slope, torch.tensor([-slope, slope], dtype=torch.float64))
 
@@ -148,21 +149,21 @@ def test_a_prompt_without_exactly_one_completion_of_each_side_is_refused(
     origins: Sequence[str], prompts: Sequence[str], counted: str
 ) -> None:
     with pytest.raises(ValueError, match=counted):
-        preference(facts(lengths=(1, 2, 1), origins=origins, prompts=prompts), beta=BETA)
+        preference(facts(lengths=(1, 2, 1), origins=origins, prompts=prompts), Preference(beta=BETA))
 
 
 def test_a_completion_without_loss_tokens_makes_no_pair() -> None:
     origins, prompts = ("others", "student", "student"), ("a", "a", "b")
-    assert len(preference(facts(lengths=(1, 2, 0), origins=origins, prompts=prompts), beta=BETA).value) == 3
+    assert len(preference(facts(lengths=(1, 2, 0), origins=origins, prompts=prompts), Preference(beta=BETA)).value) == 3
     with pytest.raises(ValueError, match="prompt 'a' has 1 of 'student'"):
-        preference(facts(lengths=(0, 2, 0), origins=origins, prompts=prompts), beta=BETA)
+        preference(facts(lengths=(0, 2, 0), origins=origins, prompts=prompts), Preference(beta=BETA))
 
 
 @pytest.mark.parametrize("missing", ["student", "reference", "prompts"])
 def test_what_was_not_gathered_is_named(missing: str) -> None:
     found = dataclasses.replace(facts(**SIX), **{missing: None})
     with pytest.raises(ValueError, match=f"facts.{missing}, which is missing"):
-        preference(found, beta=BETA)
+        preference(found, Preference(beta=BETA))
 
 
 def test_sums_over_completions_are_those_of_a_loop_and_zero_for_an_empty_one() -> None:

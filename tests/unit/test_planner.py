@@ -13,13 +13,15 @@ from potstill.config import RunConfig
 from potstill.config_file import parse
 from potstill.errors import ConfigError, PlanError
 from potstill.methods import PRESETS
-from potstill.planner import nearest, num_parameters, plan
+from potstill.planner import check_teacher, nearest, num_parameters, plan
+from potstill.wire import Capabilities
 from tests.tiny_models import save_tiny_model
 
 SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "secret_ref": "env:TEACHER_KEY"}
 SERVED_HERE = {"kind": "server", "model": "models/teacher"}
 SELF = {"kind": "self", "privileged_template": "{prompt} {answer}"}
 NONE = {"kind": "none"}
+BESIDE = "rollout.beside=reference"
 LOCAL = {"kind": "local", "models": [{"model": "models/teacher"}]}
 
 
@@ -50,11 +52,14 @@ def make_config(
     [
         (
             make_config(method="opsd"),
-            "'opsd' needs a teacher of tier FULL, this one offers IDS; nearest that it can serve: \\w+",
+            "'opsd' needs a teacher of tier FULL, this one offers IDS, and FULL once teacher.head names the model that "
+            "it serves; nearest that it can serve: \\w+",
         ),
+        (make_config(method="gkd", teacher={**SERVED_HERE, "tokenizer": "t"}), "this one offers IDS; nearest"),
+        (make_config(method="gkd", teacher={**SERVED_HERE, "follows": "student"}), "this one offers IDS; nearest"),
         (make_config(teacher=NONE), "'opd' needs a teacher of tier IDS, this one offers TEXT; nearest .* sft"),
-        (make_config(method="sft", teacher=SERVER, source="teacher"), "needs teacher.model, a folder"),
-        (make_config(method="sft", teacher=NONE, source="teacher"), "needs teacher.model, a folder"),
+        (make_config(method="sft", teacher=SERVER, source="teacher"), "needs one that writes"),
+        (make_config(method="sft", teacher=NONE, source="teacher"), "needs one that writes"),
         (make_config(teacher=SERVED_HERE, source="teacher"), 'for text of the student: rollout.source = "student"'),
         (make_config(source="reference"), 'for text of the student: .* for other text use method "sft"'),
         (
@@ -70,7 +75,33 @@ def make_config(
             make_config("m", "objective.support.k=200"),
             r"support\.k is 200: a teacher server sends at most 128",
         ),
-        (make_config("m", method="gad"), "'gad' needs .*, which a run cannot bring yet; nearest"),
+        (make_config("m", method="swing", teacher=LOCAL), "'swing' needs .*, which a run cannot bring yet; nearest"),
+        (
+            make_config("m", "objective.support.m=129", method="async_opd"),
+            r"support\.m is 129: a teacher server scores at most 128 ids",
+        ),
+        (make_config("m", "data.verifier=exact", method="pi_distill", teacher=SELF), r"rollout\.view = \"privileged\""),
+        (
+            make_config(
+                "m",
+                "data.verifier=exact",
+                "objective.loss.kl_penalty=0.1",
+                "objective.loss.near=own_prompt",
+                method="grpo",
+            ),
+            r"loss\.near = \"own_prompt\" is of text written under the teacher's prompt",
+        ),
+        (make_config(method="dasd", teacher=NONE, source="handoff"), "a teacher that goes on where another stopped"),
+        (make_config("m", method="gad"), "'gad' pairs the student's answers with others: set rollout.beside"),
+        (make_config("m", BESIDE, "rollout.beside_share=0.5", method="gad"), r"at every prompt: rollout\.beside_share"),
+        (make_config("m", BESIDE, "rollout.beside_instead=true", method="gad"), "beside_instead = false"),
+        (make_config("m", BESIDE, method="gad"), r"compares completions .*: rollout\.samples_per_prompt = 4"),
+        (
+            make_config("m", BESIDE, "rollout.view=privileged", method="gad", teacher=SELF),
+            'judge "discriminator" reads answers under the student\'s own prompt: rollout.view = "own"',
+        ),
+        (make_config("m", method="ranked_preference"), r"'ranked_preference' needs a reward: data\.verifier"),
+        (make_config("m", "data.verifier=exact", method="ranked_preference"), r"rollout\.samples_per_prompt = 4"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name_with_what_would(config: RunConfig, says: str):
@@ -91,6 +122,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("opd_sampled", SERVER, "student"),
         ("gkd_topk", SERVED_HERE, "student"),
         ("gkd", LOCAL, "student"),
+        ("gkd", SERVED_HERE, "student"),
+        ("gkd", SERVER | {"head": "models/teacher"}, "student"),
         ("opd", LOCAL, "student"),
         ("opd_sampled", SELF, "student"),
         ("opsd", SELF, "student"),
@@ -103,6 +136,42 @@ def test_what_fits_together_is_planned(model: Path, method: str, teacher: Any, s
     found = plan(make_config(model, method=method, teacher=teacher, source=source))
     assert (found.method, found.source) == (method, source)
     assert (found.tokens_per_step_at_most, found.tokens_at_most) == (3 * 5, 3 * 5 * 7)
+
+
+def capabilities(**changes: Any) -> Capabilities:
+    """Of a teacher server that offers everything, unless said otherwise."""
+    usual = {"model": "t", "revision": "r", "tokenizer_fingerprint": "f", "tier": Tier.FULL, "context_length": 4096}
+    limits = dict.fromkeys(("vocabulary", "max_items", "max_tokens", "max_body_bytes"), 10**6)
+    return Capabilities(**{**usual, **limits, "max_top_k": 128, "hidden_size": 64, "head_id": "h", **changes})
+
+
+def test_a_teacher_that_sends_no_states_cannot_serve_a_method_that_reads_all_logits():
+    config = make_config(method="gkd", teacher=SERVED_HERE)
+    check_teacher(config, capabilities())
+    with pytest.raises(PlanError, match="'gkd' needs a teacher of tier FULL, t offers IDS; nearest"):
+        check_teacher(config, capabilities(hidden_size=0, head_id=""))
+
+
+def test_a_top_k_wider_than_a_teacher_sends_is_refused_unless_it_sends_states():
+    with pytest.raises(PlanError, match=r"support\.k is 64: t sends at most 8"):
+        check_teacher(make_config("m", "objective.support.k=64"), capabilities(max_top_k=8))
+    of_states = make_config("m", 'objective.support={"kind": "union_topk", "k": 200}', teacher=SERVED_HERE)
+    assert of_states.objective.tier is Tier.FULL
+    check_teacher(of_states, capabilities(max_top_k=8))
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        SERVED_HERE | {"head": "m"},
+        SERVER | {"head": "m", "tokenizer": "t"},
+        SERVER | {"head": "m", "follows": "student"},
+        {"kind": "several", "members": {name: {"teacher": SERVER | {"head": "m"}} for name in ("a", "b")}},
+    ],
+)
+def test_a_head_is_of_one_server_that_runs_already_and_keeps_it(teacher: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"teacher\.head stands beside teacher\.url|read by log-probs, not by states"):
+        make_config(teacher=teacher)
 
 
 def test_parameters_counted_from_headers_are_the_models(model: Path):
@@ -122,6 +191,15 @@ def test_a_learner_holds_weights_gradient_and_two_moments(model: Path):
     weights = 4 * num_parameters(model)
     found = plan(make_config(model))
     assert (found.engine_bytes, found.learner_bytes) == (weights, 4 * weights)
+
+
+def test_a_discriminator_needs_no_verifier_and_is_held_in_float32_beside_the_student(model: Path):
+    parameters = num_parameters(model)
+    changes = (BESIDE, "rollout.samples_per_prompt=2")
+    found = plan(make_config(model, *changes, method="gad", teacher=NONE))
+    assert found.learner_bytes == 2 * 4 * 4 * parameters
+    in_bfloat16 = plan(make_config(model, *changes, "student.dtype=bfloat16", method="gad", teacher=NONE))
+    assert in_bfloat16.learner_bytes == 12 * parameters + 16 * parameters
 
 
 def test_a_model_folder_without_weights_is_named(tmp_path: Path):

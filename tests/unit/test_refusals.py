@@ -16,7 +16,7 @@ from tests.presets import BY_SERVER, THERE, Batch, assert_same, batch_for, chang
 from tests.trainers import SELF_TEACHER, VOCABULARY, denominators_of, make_trainer, same, weights_of
 
 
-def refused(trainer: Trainer, batch: Batch, error: type[Exception], says: str, **denominators: int) -> None:
+def check_refused(trainer: Trainer, batch: Batch, error: type[Exception], says: str, **denominators: int) -> None:
     """The step raises, and leaves weights, optimizer and version as they were."""
     before = weights_of(trainer.student)
     step = Denominators(**denominators) if denominators else denominators_of(trainer, batch)
@@ -32,12 +32,12 @@ def test_a_batch_that_is_masked_whole_is_refused(name: str) -> None:
     trainer = trainer_of(name, teacher="self" if THERE[name].tier == Tier.FULL else "server")
     with pytest.raises(ValueError, match="no step can be divided by"):
         denominators_of(trainer, nothing)
-    refused(trainer, nothing, AlignmentError, "holds 0 tokens of 0 sequences", num_loss_tokens=1, num_sequences=1)
+    check_refused(trainer, nothing, AlignmentError, "holds 0 tokens of 0 sequences", num_loss_tokens=1, num_sequences=1)
 
 
 def test_a_batch_behind_closed_gates_is_refused() -> None:
     trainer = make_trainer(objective={"support": {"k": 3}, "gates": [{"kind": "window", "first": 50}]})
-    refused(trainer, make_batch(), SignalLost, "step 1: every token counts for nothing")
+    check_refused(trainer, make_batch(), SignalLost, "step 1: every token counts for nothing")
 
 
 UNSMOOTHED = {"gates": [{"kind": "pass_rate", "smoothing": 0.0}]}
@@ -47,7 +47,7 @@ UNSMOOTHED = {"gates": [{"kind": "pass_rate", "smoothing": 0.0}]}
 def test_pass_rates_that_leave_no_prompt_any_weight_are_refused(reward: float) -> None:
     batch = [changed(scored, reward=reward) for scored in make_batch()]
     trainer = make_trainer(method="paced", teacher=SELF_TEACHER, objective=UNSMOOTHED)
-    refused(trainer, batch, ValueError, 'gate "pass_rate" leaves nothing to learn from.* smoothing')
+    check_refused(trainer, batch, ValueError, 'gate "pass_rate" leaves nothing to learn from.* smoothing')
 
 
 def test_a_prompt_of_no_weight_beside_others_is_neither_learnt_nor_missed() -> None:
@@ -66,12 +66,12 @@ def test_a_prompt_of_no_weight_beside_others_is_neither_learnt_nor_missed() -> N
     assert (learnt[1] - one[1]).norm() > 0.01 * one[1].norm()
 
 
-@pytest.mark.parametrize("name", [name for name, objective in THERE.items() if objective.reads_reward])
+@pytest.mark.parametrize("name", [name for name, objective in THERE.items() if objective.reads_verdict])
 def test_a_completion_that_was_not_judged_is_refused_by_name(name: str) -> None:
     batch = make_batch()
     batch[1] = changed(batch[1], reward=math.nan)
     teacher = "self" if THERE[name].tier == Tier.FULL else "server"
-    refused(trainer_of(name, teacher=teacher), batch, ValueError, "of prompt 'p0' has reward nan; was it judged?")
+    check_refused(trainer_of(name, teacher=teacher), batch, ValueError, "of prompt 'p0' has reward nan; was it judged?")
 
 
 SCORES = ("topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy")
@@ -95,7 +95,7 @@ def test_a_score_that_is_nan_stops_the_step_by_name_or_was_never_read(name: str)
     for field in SCORES:
         trainer = trainer_of(name, teacher="server")
         if field in read_by(THERE[name]):
-            refused(trainer, spoilt(batch, field), NonFinite, "term '|facts.teacher_entropy")
+            check_refused(trainer, spoilt(batch, field), NonFinite, "term '|facts.teacher_entropy")
         else:
             found = computed(trainer, spoilt(batch, field))
             assert found[0] == clean[0]
@@ -127,4 +127,4 @@ def test_scores_of_another_number_of_tokens_are_refused_by_name_whether_read_or_
     short = changed(batch[0], scores={field: getattr(batch[0].scores, field)[:-1]})
     numbers = {"num_loss_tokens": good.num_loss_tokens, "num_sequences": good.num_sequences}
     says = rf"rollout p0/0: scores\.{field} has \d rows for \d tokens"
-    refused(trainer_of(name, teacher="server"), [short, *batch[1:]], AlignmentError, says, **numbers)
+    check_refused(trainer_of(name, teacher="server"), [short, *batch[1:]], AlignmentError, says, **numbers)

@@ -10,7 +10,7 @@ import torch
 
 from potstill.config import SamplingConfig
 from potstill.errors import NonFinite
-from rollout_worker.sampling import choose, processed_logits, support, uniforms, vllm_arguments
+from rollout_worker.sampling import Dice, choose, processed_logits, support, uniforms, vllm_arguments
 
 
 def sampling(*, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingConfig:
@@ -58,7 +58,7 @@ def test_evenly_spread_draws_reproduce_the_distribution_and_its_log_probs(config
     num_draws = 20_000
     logits = torch.tensor([[1.0, -0.5, 2.0, 0.3, -3.0, 1.9]])
     draws = (torch.arange(num_draws, dtype=torch.float64) + 0.5) / num_draws
-    ids, logprobs = choose(logits.expand(num_draws, -1), draws, config)
+    ids, logprobs = (of_row[0] for of_row in choose(logits, draws[None], config))
     expected = torch.tensor(slow_distribution(logits[0].tolist(), config))
     frequencies = torch.bincount(ids, minlength=6) / num_draws
     assert (frequencies - expected).abs().max() < 2 / num_draws
@@ -66,15 +66,15 @@ def test_evenly_spread_draws_reproduce_the_distribution_and_its_log_probs(config
 
 
 def test_an_id_of_probability_zero_is_never_drawn_at_either_end() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
-    ids, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), sampling())
-    assert ids.tolist() == [1, 3, 3]
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    ids, _ = choose(logits, torch.tensor([[0.0, 0.5, 1 - 2**-53]], dtype=torch.float64), sampling())
+    assert ids.tolist() == [[1, 3, 3]]
 
 
 def test_greedy_takes_the_most_probable_id_and_has_no_log_prob() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    ids, logprobs = choose(logits, torch.tensor([0.9, 0.9], dtype=torch.float64), sampling(temperature=0.0))
-    assert ids.tolist() == [1, 0]
+    ids, logprobs = choose(logits, torch.tensor([[0.9], [0.9]], dtype=torch.float64), sampling(temperature=0.0))
+    assert ids.tolist() == [[1], [0]]
     assert logprobs.isnan().all()
 
 
@@ -83,7 +83,7 @@ def test_greedy_takes_the_most_probable_id_and_has_no_log_prob() -> None:
 def test_logits_that_are_not_finite_raise(bad: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [bad, 1.0]])
     with pytest.raises(NonFinite):
-        choose(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), sampling(temperature=temperature))
+        choose(logits, torch.tensor([[0.5], [0.5]], dtype=torch.float64), sampling(temperature=temperature))
 
 
 def test_a_rows_draws_depend_on_its_own_seed_and_position_alone() -> None:
@@ -95,6 +95,16 @@ def test_a_rows_draws_depend_on_its_own_seed_and_position_alone() -> None:
     assert float(long.max()) < 1
 
 
+def test_draws_beside_the_text_have_a_stream_of_their_own_for_every_seed() -> None:
+    dice = Dice([7, 8, 7])
+    first, second = dice.throw([0, 1, 2], 4), dice.throw([2, 1], 4)
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(Dice([8]).throw([0], 8)[0], torch.cat((first[1], second[1])))
+    written = uniforms([7], 100)[0]
+    assert not set(written.tolist()) & set(Dice([7]).throw([0], 100)[0].tolist())
+    assert len(set(first[:2].flatten().tolist()) | set(second.flatten().tolist())) == 16
+
+
 def test_the_support_is_the_students_own_top_sorted_and_untempered() -> None:
     logits = torch.from_numpy(np.random.default_rng(4).normal(size=(6, 12))).float()
     ids, logprobs = support(logits, 5)
@@ -104,9 +114,12 @@ def test_the_support_is_the_students_own_top_sorted_and_untempered() -> None:
 
 def test_every_argument_of_vllm_is_written_out() -> None:
     config = SamplingConfig(max_new_tokens=17, temperature=0.8, top_p=0.9, top_k=40)
-    assert vllm_arguments(config, seed=5, stop_token_id=2, want_logprobs=True, support_k=0) == {
+    arguments = vllm_arguments(
+        config, max_new_tokens=9, seed=5, stop_token_id=2, want_logprobs=True, support_k=0, num_draws=0
+    )
+    assert arguments == {
         "n": 1,
-        "max_tokens": 17,
+        "max_tokens": 9,
         "min_tokens": 0,
         "temperature": 0.8,
         "top_p": 0.9,
@@ -145,7 +158,14 @@ def test_every_argument_of_vllm_is_written_out() -> None:
     }
 
 
-@pytest.mark.parametrize(("want", "k", "asked"), [(False, 0, None), (True, 0, 0), (False, 4, 4), (True, 4, 4)])
-def test_vllm_is_asked_for_log_probs_only_where_somebody_wants_them(want: bool, k: int, asked: int | None) -> None:
-    arguments = vllm_arguments(sampling(), seed=0, stop_token_id=2, want_logprobs=want, support_k=k)
+@pytest.mark.parametrize(
+    ("want", "k", "draws", "asked"),
+    [(False, 0, 0, None), (True, 0, 0, 0), (False, 4, 0, 4), (True, 4, 0, 4), (False, 0, 3, None), (True, 4, 3, 7)],
+)
+def test_vllm_is_asked_for_log_probs_only_where_somebody_wants_them(
+    want: bool, k: int, draws: int, asked: int | None
+) -> None:
+    arguments = vllm_arguments(
+        sampling(), max_new_tokens=8, seed=0, stop_token_id=2, want_logprobs=want, support_k=k, num_draws=draws
+    )
     assert arguments["logprobs"] == asked

@@ -178,6 +178,16 @@ def test_the_teachers_top_k_is_there_for_a_gate_of_confidence_too() -> None:
     assert found.teacher_topk[:, 0].tolist() == [-0.2, -0.7]
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 0)])
+@pytest.mark.parametrize("field", ["topk_ids", "topk_logprobs"])
+def test_a_gate_of_confidence_refuses_scores_without_an_entry(field: str, shape: tuple[int, ...]) -> None:
+    gated = made(**{**SAMPLED.model_dump(exclude={"auxiliaries"}), "gates": ["confidence"]})
+    sound = {"topk_ids": np.array([[3]]), "topk_logprobs": np.array([[-0.1]]), "topk_tail": np.array([-2.0])}
+    scored = make_scored(make_rollout(completion=[3]), **{**sound, field: np.zeros(shape)})
+    with pytest.raises(AlignmentError, match="a/0 has no entry of the teacher's top-k"):
+        gathered([scored], [[True]], gated)
+
+
 def test_text_that_was_not_scored_lies_beside_scored_text_as_nan() -> None:
     others = ScoredRollout(rollout=make_rollout(id="c/0", completion=[8, 8], versions=[-1, -1]), scores=None)
     mixed = made(**STUDENT_TOPK.model_dump(exclude={"auxiliaries"}), auxiliaries={"text": SFT_TERM})
@@ -213,7 +223,7 @@ def test_a_budget_is_of_the_text_that_its_term_is_over() -> None:
     assert [int(mask.sum()) for mask in kept] == [3, 4]
 
 
-@pytest.mark.parametrize("field", ["prompt_ids", "completion_ids", "support_ids", "teacher_context_ids"])
+@pytest.mark.parametrize("field", ["prompt_ids", "completion_ids", "support_ids", "draw_ids", "teacher_context_ids"])
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY])
 def test_an_id_outside_the_vocabulary_is_refused_by_name(field: str, wrong: int) -> None:
     scored = random_batch([(3, 4)], vocabulary=VOCABULARY, seed=1)[0]

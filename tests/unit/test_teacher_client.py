@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from potstill.calling.outbound import Endpoint
 from potstill.codec import SAFETENSORS, decode_request, encode_response
+from potstill.config_teachers import Calling
 from potstill.errors import AlignmentError, TeacherRefused, TeacherUnavailable, TokenizerMismatch
-from potstill.teacher_client import TeacherClient
+from potstill.teachers.opening import open_endpoint
+from potstill.teachers.server import TeacherClient
 from potstill.types import ScoreStatus, TeacherScores
-from potstill.wire import Capabilities, ScoreRequest, ScoreResponse
+from potstill.wire import Ask, Capabilities, ScoreRequest, ScoreResponse
 from tests.builders_teacher import IDENTITY, item, sound_response
 
 ABLE = Capabilities(
@@ -32,8 +35,10 @@ ABLE = Capabilities(
     max_tokens=1000,
     max_top_k=8,
     max_body_bytes=2**20,
+    hidden_size=5,
+    head_id="h1",
 )
-EVERYTHING = frozenset({"topk", "token_ids", "entropy"})
+EVERYTHING = Ask(top_k=3, num_ids=2, draws=4, entropy=True, hidden=5)
 ITEM = item("a", completion=(3, 4, 5), token_ids=[[3, 0], [1, 2], [5, 6]])
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -116,11 +121,15 @@ def error(status: int, code: str = "nope", **headers: str) -> Script:
     return lambda _: (status, {name.replace("_", "-"): value for name, value in headers.items()}, body)
 
 
+def endpoint(url: str, *, deadline_s: float, concurrency: int) -> Endpoint:
+    return open_endpoint(url, "secret", Calling(deadline_s=deadline_s, concurrency=concurrency))
+
+
 async def ask(
     teacher: ScriptedTeacher, *items: Any, deadline_s: float = 5.0, expect: Any = IDENTITY
 ) -> list[TeacherScores]:
-    async with TeacherClient(teacher.url, "secret", deadline_s, 2) as client:
-        return await client.score(items or (ITEM,), EVERYTHING, 3, expect)
+    async with TeacherClient(endpoint(teacher.url, deadline_s=deadline_s, concurrency=2)) as client:
+        return await client.score(items or (ITEM,), EVERYTHING, expect)
 
 
 async def test_a_sound_answer_is_returned_as_it_was_sent():
@@ -150,8 +159,8 @@ async def test_a_large_batch_is_split_under_the_servers_limits_and_put_together_
 
 async def test_no_items_ask_nothing():
     with scripted(sound) as teacher:
-        async with TeacherClient(teacher.url, "secret", 5.0, 1) as client:
-            assert await client.score([], EVERYTHING, 3, None) == []
+        async with TeacherClient(endpoint(teacher.url, deadline_s=5.0, concurrency=1)) as client:
+            assert await client.score([], EVERYTHING, None) == []
     assert teacher.asked == []
 
 
@@ -200,7 +209,7 @@ async def test_wrong_numbers_are_never_returned(lie):
 async def test_answers_in_another_order_are_refused():
     swapped = says(lambda answer: replace(answer, ids=answer.ids[::-1], scores=answer.scores[::-1]))
     with scripted(swapped) as teacher, pytest.raises(AlignmentError, match="another order"):
-        await ask(teacher, item("a", token_ids=[[1]] * 3), item("b", token_ids=[[1]] * 3))
+        await ask(teacher, item("a", token_ids=[[1, 2]] * 3), item("b", token_ids=[[1, 2]] * 3))
 
 
 async def test_an_item_that_failed_is_nan_whatever_numbers_came_with_it():
@@ -257,7 +266,7 @@ async def test_a_teacher_that_hangs_is_unavailable_at_the_deadline():
 
 
 async def test_a_teacher_that_is_not_there_is_unavailable():
-    async with TeacherClient("http://127.0.0.1:9", "secret", 0.6, 1) as client:
+    async with TeacherClient(endpoint("http://127.0.0.1:9", deadline_s=0.6, concurrency=1)) as client:
         with pytest.raises(TeacherUnavailable, match="ConnectError"):
             await client.capabilities()
 

@@ -188,3 +188,23 @@ def test_a_micro_batch_without_a_loss_token_is_not_computed() -> None:
     trainer.student.register_forward_pre_hook(lambda *_: calls.append(1))
     take_step(trainer, batch, 1)
     assert len(calls) == 1
+
+
+def test_the_divergence_from_each_of_several_teachers_is_measured_by_name() -> None:
+    trainer = make_trainer(method="opd_sampled", teacher=None)
+    batch = random_batch([(3, 4), (2, 5), (1, 3)], vocabulary=VOCABULARY, seed=3)
+    renamed = [
+        ScoredRollout(
+            rollout=one.rollout,
+            scores=dataclasses.replace(one.scores, identity=dataclasses.replace(one.scores.identity, name=name)),
+        )
+        for one, name in zip(batch, ("maths", "code", "maths"), strict=True)
+    ]
+    alone = take_step(trainer, batch, 1).metrics
+    assert not any(name.startswith("reverse_kl_of_") for name in alone)
+    trainer = make_trainer(method="opd_sampled", teacher=None)
+    metrics = take_step(trainer, renamed, 1).metrics
+    assert metrics["reverse_kl"] == pytest.approx(
+        (7 * metrics["reverse_kl_of_maths"] + 5 * metrics["reverse_kl_of_code"]) / 12
+    )
+    assert metrics["reverse_kl_of_maths"] != pytest.approx(metrics["reverse_kl_of_code"])

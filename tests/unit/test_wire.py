@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from potstill.codec import JSON, SAFETENSORS, decode_request, decode_response, encode_request, encode_response
 from potstill.framing import METADATA_KEY
 from potstill.types import Message, TeacherScores
-from potstill.wire import ScoreItem, ScoreRequest, ScoreResponse, WireError
+from potstill.wire import Ask, ScoreItem, ScoreRequest, ScoreResponse, WireError
 from tests.builders_teacher import failed_scores, ids, item, request, sound_response
 
 BOTH = pytest.mark.parametrize("media_type", [JSON, SAFETENSORS])
-IDS = frozenset({"token_ids"})
+EVERYTHING = Ask(top_k=3, num_ids=2, draws=4, entropy=True, hidden=5)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -58,8 +58,8 @@ def test_a_request_with_every_field_comes_back_unchanged(media_type):
             item("b", completion=(7,), teacher_context=(9, 9, 9, 9), token_ids=[[0, 8]]),
             item("c", context=(), messages=(Message(role="user", content="é \n?"),), token_ids=[[1, 2]] * 3),
         ),
-        want=frozenset({"topk", "token_ids", "entropy"}),
-        top_k=4,
+        ask=EVERYTHING,
+        seed=7,
         expect_tokenizer_fingerprint="f",
         expect_revision="r",
         deadline_ms=1500,
@@ -72,8 +72,7 @@ def test_a_response_with_every_field_comes_back_unchanged(media_type):
     asked = request(
         item("a", token_ids=[[0, 1], [2, 3], [4, 5]]),
         item("b", completion=(7,), token_ids=[[6, 7]]),
-        want=frozenset({"topk", "token_ids", "entropy"}),
-        top_k=3,
+        ask=EVERYTHING,
     )
     answer = sound_response(asked)
     assert same(decode_response(encode_response(answer, media_type), media_type), answer)
@@ -81,7 +80,7 @@ def test_a_response_with_every_field_comes_back_unchanged(media_type):
 
 @BOTH
 def test_missing_scores_stay_nan_and_an_empty_tail_stays_minus_infinity(media_type):
-    asked = request(item("a"), want=frozenset({"topk"}), top_k=8)  # all eight tokens: nothing is left for the tail
+    asked = request(item("a"), ask=Ask(top_k=8))  # all eight tokens: nothing is left for the tail
     answer = sound_response(asked)
     assert (answer.scores[0].topk_tail == -np.inf).all()
     failed = replace(answer, scores=(failed_scores(item()),))
@@ -118,11 +117,12 @@ def test_ragged_requests_of_any_lengths_survive_both_encodings(rows):
         ({"context_ids": ids(1, -2)}, "items[0].context_ids"),
         ({"completion_ids": np.ones((3, 1), np.int32)}, "completion_ids"),
         ({"surprise": ids(1)}, "surprise"),
-        ({"head": {"schema_version": 2}}, "schema_version"),
-        ({"head": {"want": ["logits"]}}, "want[0]"),
+        ({"head": {"schema_version": 1}}, "schema_version"),
+        ({"head": {"entropy": 3}}, "entropy"),
+        ({"head": {"num_ids": 2}}, "items[0].token_ids"),
         ({"head": {"surprise": 1}}, "surprise"),
         ({"head": {"temperature": 0.7}}, "temperature"),
-        ({"head": {"top_k": 3}}, "top_k"),
+        ({"head": {"top_k": -3}}, "top_k"),
         ({"head": {"deadline_ms": 0}}, "deadline_ms"),
         ({"head": {"items": []}}, "context_offsets"),
     ],
@@ -174,7 +174,7 @@ def test_bytes_that_are_not_safetensors_are_refused_before_anything_is_allocated
 )
 def test_a_wrong_json_item_names_the_item_and_the_field(change, param):
     right = {"id": "a", "context_ids": [1], "completion_ids": [2, 3, 4], "token_ids": [[1], [2], [3]]}
-    body = json.dumps({"model": "tiny", "want": ["token_ids"], "items": [right | change]})
+    body = json.dumps({"model": "tiny", "num_ids": 1, "items": [right | change]})
     assert refused_param(body.encode(), JSON) == param
 
 
@@ -186,8 +186,8 @@ def test_bytes_that_are_not_json_are_refused(body):
 def test_items_must_differ_in_id_and_agree_in_the_number_of_given_ids():
     with pytest.raises(WireError, match="same id"):
         request(item("a"), item("a"))
-    with pytest.raises(WireError, match="same number of ids"):
-        request(item("a", token_ids=[[1], [2], [3]]), item("b", token_ids=[[1, 2]] * 3), want=IDS)
+    with pytest.raises(WireError, match="num_ids = 1"):
+        request(item("a", token_ids=[[1], [2], [3]]), item("b", token_ids=[[1, 2]] * 3), ask=Ask(num_ids=1))
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ def test_items_must_differ_in_id_and_agree_in_the_number_of_given_ids():
     ],
 )
 def test_a_damaged_response_names_the_field(changes, param):
-    asked = request(item("a"), want=frozenset({"topk"}), top_k=2)
+    asked = request(item("a"), ask=Ask(top_k=2))
     body = doctored(encode_response(sound_response(asked), SAFETENSORS), **changes)
     assert refused_param(body, SAFETENSORS, decode=decode_response) == param
 
 
 def test_a_json_response_whose_rows_differ_in_number_names_the_field():
-    answer = json.loads(encode_response(sound_response(request(want=frozenset({"entropy"}))), JSON))
+    answer = json.loads(encode_response(sound_response(request(ask=Ask(entropy=True))), JSON))
     answer["items"][0]["entropy"].pop()
     assert refused_param(json.dumps(answer).encode(), JSON, decode=decode_response) == "items[0].entropy"
