@@ -3,7 +3,7 @@
     step-000123/
       model/          what transformers and vLLM load: config, safetensors, tokenizer, chat template, README.md
       adapter/        only with LoRA: the adapter alone, for peft
-      trainer/        student, optimizer, teacher and judge as *.safetensors, state.json: what continues the run
+      trainer/        student, optimizer, teacher, its weighing and judge as *.safetensors, state.json: what continues
       manifest.json   sha256 and size of every file above
 
 Written beside its place, fsynced, then renamed. No pickle: optimizer state is tensors by parameter name, and JSON.
@@ -26,6 +26,7 @@ from learner.inner_teacher import InnerModels
 from learner.judge import Judge
 from learner.moments import load_moments, moments
 from learner.trainer import Trainer
+from learner.weighing import Weighing
 from potstill.errors import ConfigError
 from potstill.journal import checkpoints, fsync_folder, write_json
 
@@ -61,7 +62,7 @@ def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: M
 
 
 def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Put weights, optimizer, teacher, judge, schedules and version back as they were. Returns `extra`.
+    """Put weights, optimizer, teacher, weighing, judge, schedules and version back as they were. Returns `extra`.
 
     Raises ConfigError naming the first file that is missing or damaged.
     """
@@ -132,9 +133,9 @@ def _write_trainer(trainer: Trainer, folder: Path, extra: Mapping[str, Any]) -> 
     write_json(folder / "state.json", {**state, "extra": dict(extra)})
 
 
-def _beside(trainer: Trainer) -> dict[str, InnerModels | Judge]:
+def _beside(trainer: Trainer) -> dict[str, InnerModels | Judge | Weighing]:
     """What changes with the steps beside the student, by the name of its file; there is none where nothing does."""
-    return {"teacher": trainer.inner, "judge": trainer.judge}
+    return {"teacher": trainer.inner, "judge": trainer.judge, "weighing": trainer.weighing}
 
 
 def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

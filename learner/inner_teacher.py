@@ -14,7 +14,7 @@ Legend: S sequences, M loss tokens, V vocabulary, D states, C rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -112,6 +112,21 @@ class InnerTeacher:
         self._members = tuple(members)
         self._average = average_of_probabilities if combine == "probabilities" else average_of_logits
         self._privileged = privileged
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of its members: given, or set last by `weigh`."""
+        return tuple(member.weight for member in self._members)
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Give each member another weight, for what is asked from now on."""
+        self._members = tuple(
+            replace(member, weight=weight) for member, weight in zip(self._members, weights, strict=True)
+        )
+
+    def apart(self) -> list[InnerTeacher]:
+        """Each member as a teacher of its own, which reads what they read together."""
+        return [InnerTeacher([member], privileged=self._privileged) for member in self._members]
 
     def context(self, rollout: Rollout) -> IntArray:
         """What it reads before the completion. Raises AlignmentError where its own prompt was not rendered."""

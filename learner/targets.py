@@ -22,7 +22,7 @@ from potstill.algebra.objective import Objective
 from potstill.algebra.supports import RandomSampling, Samples, StudentTopK, TeacherTopK
 from potstill.byte_alignment import whole_chunks
 from potstill.errors import AlignmentError
-from potstill.types import BoolArray, IntArray, Rollout, ScoredRollout, ScoreStatus, TeacherScores
+from potstill.types import BoolArray, FloatArray, IntArray, Rollout, ScoredRollout, ScoreStatus, TeacherScores
 
 SCORES = (
     *("sampled", "draws", "topk_ids", "topk_logprobs", "topk_tail", "ids_logprobs", "ids_tail", "entropy", "chunks"),
@@ -133,6 +133,8 @@ def gather(
         fields["sample_behaviour"] = _gather(_own(rollouts, "draw_logprobs"), masks, device)
     if not inside and any(objective.scored(rollout.origin) for rollout in rollouts):
         fields |= _scores(batch, masks, objective, device)
+    if objective.reads_privacy:
+        fields["privacy"] = _gather([_privacy(rollout) for rollout in rollouts], masks, device)
     if draws := _draws(objective):
         uniforms = [_uniforms(r, draws, step) for r in rollouts]
         fields["uniforms"] = _gather(uniforms, masks, device)
@@ -244,6 +246,13 @@ def _own(rollouts: Sequence[Rollout], name: str) -> list[NDArray[Any]]:
         np.zeros((len(rollout.completion_ids), like.shape[1]), like.dtype) if value is None else value
         for rollout, value in zip(rollouts, known, strict=True)
     ]
+
+
+def _privacy(rollout: Rollout) -> FloatArray:
+    """[T]; nothing is taken to be public because nobody looked."""
+    if rollout.privacy is None:
+        raise AlignmentError(f"rollout {rollout.id} does not say how private its tokens are, which the objective reads")
+    return rollout.privacy
 
 
 def _draws(objective: Objective) -> int:

@@ -31,6 +31,7 @@ from learner.packing import pack, plan_micro_batches
 from learner.schedules import Schedules
 from learner.sent_states import SentStates
 from learner.targets import budgeted, check_ids, gather, trainable
+from learner.weighing import weighing_of
 from potstill.config import RunConfig
 from potstill.errors import AlignmentError, NonFinite, SignalLost
 from potstill.types import BoolArray, ScoredRollout, StepReport
@@ -53,6 +54,7 @@ class Trainer:
         self.teacher: SentStates | InnerTeacher | None = sent or self.inner.teacher  # whose every logit is at hand
         self.judge = judge_of(student, config)
         self.near = near_of(student, self.teacher, config)
+        self.weighing = weighing_of(self.inner.teacher, config, student.head.device)
         self.schedules = Schedules(config.objective, steps=config.loop.steps)
         self.version = 0
 
@@ -85,7 +87,7 @@ class Trainer:
         metrics = _means(tally)
         metrics |= {f"loss_{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
         metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
-        metrics |= learnt
+        metrics |= learnt | self.weighing.learn(batch, masks)
         return StepReport(step=step, metrics=metrics, seconds={"train": time.perf_counter() - started})
 
     @torch.no_grad()

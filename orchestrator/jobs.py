@@ -7,6 +7,7 @@ Refuses to guess: what Ray does not answer is a ServiceError, not a state.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.runs import Run
+from potstill.calling.guard import LOOPBACK
 from potstill.errors import ServiceError
+from potstill.teachers.opening import ALLOWED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -66,7 +69,12 @@ class RayLauncher:
         self._report_url = report_url
 
     def launch(self, run: Run, config: Path, token: str) -> None:
-        environment = {"POTSTILL_RUN_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+        environment = {
+            "POTSTILL_RUN_TOKEN": token,
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+            # a submitted config is somebody else's text: it may not look around in the operator's network
+            ALLOWED: os.environ.get(ALLOWED, ",".join(LOOPBACK)),
+        }
         with _ray_errors():
             self._client.submit_job(
                 entrypoint=shlex.join([*self._command, str(config), "--report-to", self._report_url]),

@@ -110,7 +110,7 @@ def _reader(description: Mapping[str, Any], *, name: str) -> Callable[[str], byt
         return lambda token: _piece_bytes(token, fallback=fallback)
     raise ConfigError(
         f"the tokenizer of {name!r} is a {description['model']['type']} that decodes by {kinds or 'nothing'}: "
-        'only byte-level tokens and pieces with "▁" can be aligned with another tokenizer'
+        'bytes are known of byte-level tokens and of pieces with "▁" only'
     )
 
 

@@ -54,7 +54,8 @@ class ReasoningGymData(Section):
 
 
 class JsonlData(Section):
-    """A JSON Lines file, one object a line: `prompt` (text or a list of messages) and, where known, `answer`."""
+    """A JSON Lines file, one object a line: `prompt` (text or a list of messages) and, where known, `answer`,
+    `solution`, `domain` and `private`, a list of texts that method "swing" shall teach less of, exactly as written."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
@@ -136,6 +137,11 @@ class RolloutConfig(Section):
     max_prompt_tokens: Positive = 512
     """Engines make room for prompts of this length; a longer one stops the run. Too large: wasted memory."""
     sampling: SamplingConfig
+
+    @property
+    def references_alone(self) -> bool:
+        """Whether all text that the student did not write is the data's solutions, and there is some."""
+        return {self.source, self.beside} - {"none", "student", "snapshot"} == {"reference"}
 
 
 class OptimConfig(Section):

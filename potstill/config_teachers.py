@@ -214,6 +214,11 @@ class LocalTeacher(Reading):
     """One, or several whose predictions are combined."""
     combine: Literal["logits", "probabilities"] = "logits"
     """Of several: the mean of their logits (a geometric mean), or of their probabilities."""
+    learn_weights: Positive | None = None
+    """Of several without domains: rate at which their weights follow how probable each finds text that proved right. A
+    step multiplies a weight by exp(-rate · (1 - geometric mean probability)); all are scaled to sum to 1 again. Too
+    large: a few steps, or text that one of them wrote, leave a single teacher; too small: the weights stay as given.
+    None: they do. Costs one more pass of each over the right text."""
 
 
 class Member(Section):

@@ -142,6 +142,8 @@ class Jsonl:
             raise ConfigError(f"{self._config.path}:{number}: data.verifier = last_number, but `answer` is no number")
         if not isinstance(row.get("solution"), str | None):
             raise ConfigError(f"{self._config.path}:{number}: `solution` must be a text")
+        if not _is_texts(row.get("private")):
+            raise ConfigError(f"{self._config.path}:{number}: `private` must be a list of texts, none of them empty")
         return row
 
     @staticmethod
@@ -155,6 +157,7 @@ class Jsonl:
             domain=str(row.get("domain", "default")),
             answer=None if row.get("answer") is None else str(row["answer"]),
             solution=row.get("solution"),
+            private=tuple(row.get("private") or ()),
         )
 
 
@@ -162,6 +165,11 @@ def final_answer(completion: str) -> str | None:
     """What stands between the last <answer> and </answer>; None when the completion never commits itself."""
     found = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
     return found[-1].strip() if found else None
+
+
+def _is_texts(value: Any) -> bool:
+    """Whether it is a list of texts, none of them empty, or missing."""
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) and text for text in value))
 
 
 def _number(text: str) -> float | None:

@@ -35,8 +35,7 @@ support → target × gates and correction, and how tokens are added up; a term 
 *Needs* begins with the least that a teacher must offer: `text` < `sampled` (log-probs of given tokens) < `topk` (its
 own) < `ids` (of the student's choice) < `full` (all logits). A teacher in the learner (`kind = "local"` or `"self"`)
 offers `full`, and so does potstill's own server where its model's folder is named (`teacher.model` or `teacher.head`);
-else it offers `ids`. A method with something *not there yet* is pinned to its equation by a test, and `potstill check`
-refuses to run it. *Settings* are the paper's run, to compare with; none is applied.
+else it offers `ids`. *Settings* are the paper's run, to compare with; none is applied.
 """
 
 CHOICES: tuple[tuple[str, Tier, tuple[str, ...], str], ...] = (

@@ -32,6 +32,8 @@ def misfits(config: RunConfig) -> Iterator[str]:
     yield from _unfit_adaptive(config)
     yield from _unfit_reading(config)
     yield from _unfit_rewards(config)
+    yield from _unfit_weights(config)
+    yield from _unfit_privacy(config)
     yield from _unfit_served(config)
 
 
@@ -156,8 +158,7 @@ def _unfit_reading(config: RunConfig) -> Iterator[str]:
 def _unfit_rewards(config: RunConfig) -> Iterator[str]:
     """Rewards that are read and not given, or given and not read."""
     objective, ranks = config.objective, _ranks(config.teacher)
-    unverified = isinstance(config.data, JsonlData) and config.data.verifier == "none"
-    if objective.reads_verdict and unverified and not ranks:
+    if objective.reads_verdict and _unverified(config) and not ranks:
         yield f'method {config.method!r} needs a reward: data.verifier must not be "none", or teacher.ranks'
     nears = {getattr(term.loss, "near", "teacher") for term in objective.terms.values()}
     if "own_prompt" in nears and config.rollout.view != "privileged":
@@ -170,6 +171,34 @@ def _unfit_rewards(config: RunConfig) -> Iterator[str]:
         yield "teacher.ranks puts completions of one prompt in order: rollout.samples_per_prompt = 4 or more"
     if objective.reads_reward:
         yield f"method {config.method!r} compares completions of one prompt: rollout.samples_per_prompt = 4 or more"
+
+
+def _unfit_privacy(config: RunConfig) -> Iterator[str]:
+    """Data that cannot say which of its text is private."""
+    if config.objective.reads_privacy and not isinstance(config.data, JsonlData):
+        yield f'method {config.method!r} reads which text is private, as `private` of a line: data.kind = "jsonl"'
+
+
+def _unfit_weights(config: RunConfig) -> Iterator[str]:
+    """Teachers whose weights shall be learned, where there is nothing to learn them from or nothing to weigh."""
+    teacher = config.teacher
+    if not isinstance(teacher, LocalTeacher) or teacher.learn_weights is None:
+        return
+    if len(teacher.models) < 2:
+        yield "teacher.learn_weights weighs several models: name two or more in teacher.models"
+    if any(model.domains for model in teacher.models):
+        yield "teacher.learn_weights weighs models that score the same text: none of teacher.models has domains"
+    if not config.objective.reads_teacher:
+        yield f"teacher.learn_weights weighs what models say, and method {config.method!r} reads no teacher"
+    if _unverified(config) and not config.rollout.references_alone:
+        yield (
+            'teacher.learn_weights needs text that is known to be right: data.verifier must not be "none", or '
+            'rollout.source or rollout.beside = "reference", without text of the teacher'
+        )
+
+
+def _unverified(config: RunConfig) -> bool:
+    return isinstance(config.data, JsonlData) and config.data.verifier == "none"
 
 
 def _unfit_served(config: RunConfig) -> Iterator[str]:

@@ -126,18 +126,13 @@ def check_teacher(config: RunConfig, able: Capabilities) -> None:
 
 
 def _refuse_unfit(config: RunConfig, found: Tier) -> None:
-    method, objective = PRESETS[config.method], config.objective
+    objective = config.objective
     if objective.tier > found:
         nameless = isinstance(config.teacher, ServerTeacher) and config.teacher.keeps_head
         more = ", and FULL once teacher.head names the model that it serves" if nameless else ""
         raise PlanError(
             f"method {config.method!r} needs a teacher of tier {objective.tier.name}, this one offers {found.name}"
             f"{more}; nearest that it can serve: {', '.join(nearest(config.method, found))}"
-        )
-    if method.missing:
-        raise PlanError(
-            f"method {config.method!r} needs {' and '.join(method.missing)}, which a run cannot bring yet; "
-            f"nearest that it can: {', '.join(nearest(config.method, found))}"
         )
     for problem in misfits(config):
         raise PlanError(problem)
@@ -158,7 +153,7 @@ def nearest(name: str, found: Tier) -> list[str]:
         more = len(method.needs.keys() - wanted.needs.keys())
         return more - sum(same), -method.objective.tier
 
-    able = [other for other, method in PRESETS.items() if method.objective.tier <= found and not method.missing]
+    able = [other for other, method in PRESETS.items() if method.objective.tier <= found]
     return sorted((other for other in able if other != name), key=unlike)[:3]
 
 

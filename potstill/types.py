@@ -60,6 +60,7 @@ class Prompt:
     step: int | None = None  # the optimizer step that trains it, from 1; None: held out
     text: Literal["given"] | tuple[int, ...] | None = None
     """Its completion: the data's solution, or these ids, which nobody has just written. None: as [rollout] says."""
+    private: tuple[str, ...] = ()  # texts that no completion of it shall teach, none of them empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +94,14 @@ class Rollout:
     support_logprobs: FloatArray | None = None  # [T, K] student's log-probs of support_ids at sampling time
     draw_ids: IntArray | None = None  # [T, M] independent draws from what each token was sampled from; may repeat
     draw_logprobs: FloatArray | None = None  # [T, M] with which they were drawn
+    privacy: FloatArray | None = None  # [T] in [0, 1]; None: the objective does not read it
 
     def __post_init__(self) -> None:
         length = len(self.completion_ids)
         if length == 0 or len(self.prompt_ids) == 0:
             raise ValueError(f"rollout {self.id}: prompt_ids and completion_ids must not be empty")
         columns = ("loss_mask", "student_logprobs", "weight_versions", "support_ids", "support_logprobs")
-        for name in (*columns, "draw_ids", "draw_logprobs"):
+        for name in (*columns, "draw_ids", "draw_logprobs", "privacy"):
             value = getattr(self, name)
             if value is not None and len(value) != length:
                 raise ValueError(f"rollout {self.id}: {name} has {len(value)} rows, completion_ids has {length}")

@@ -14,10 +14,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from potstill.byte_alignment import ByteVocabulary
 from potstill.config import RunConfig, SamplingConfig
 from potstill.errors import ConfigError
-from potstill.types import FinishReason, IntArray, Prompt, Rollout, ScoredRollout
+from potstill.types import FinishReason, FloatArray, IntArray, Prompt, Rollout, ScoredRollout
 from rollout_worker.judges import Judge
+from rollout_worker.privacy import privacy
 from rollout_worker.scoring import Scoring
 from rollout_worker.sources import Engine, Source, Text, fraction
 from rollout_worker.views import Views
@@ -51,6 +53,7 @@ class Collector:
 
     sources    by their names in [rollout]: "student", "snapshot", "teacher", "reference", "handoff"
     judge      of what is trained on; `verifier` is of held-out prompts, and knows the truth
+    vocabulary what the student's ids write, where the objective reads how private tokens are
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Collector:
         verifier: Judge,
         advisor: Advisor | None,
         scoring: Scoring | None,
+        vocabulary: ByteVocabulary | None,
     ) -> None:
         self._config = config
         self._views = views
@@ -71,6 +75,7 @@ class Collector:
         self._verifier = verifier
         self._advisor = advisor
         self._scoring = scoring
+        self._vocabulary = vocabulary
 
     async def collect(self, prompts: Sequence[Prompt]) -> Collected:
         """All completions of the prompts, judged and scored. Raises TeacherError and what engines raise."""
@@ -149,6 +154,7 @@ class Collector:
             support_logprobs=completion.support_logprobs,
             draw_ids=completion.draw_ids,
             draw_logprobs=completion.draw_logprobs,
+            privacy=self._privacy(prompt, completion.token_ids),
         )
         return [rollout, _under_both(rollout)] if is_student and config.view == "privileged" else [rollout]
 
@@ -160,6 +166,11 @@ class Collector:
     def _is_learnt(self, origin: str) -> bool:
         """Whether a term is for text of this origin; a student's that none is for may still be judged."""
         return any(term.over in {"all", origin} for term in self._config.objective.terms.values())
+
+    def _privacy(self, prompt: Prompt, token_ids: IntArray) -> FloatArray | None:
+        if self._vocabulary is None:
+            return None
+        return privacy(self._vocabulary.written(token_ids.tolist()), prompt.private)
 
     def _hint(self, prompt: Prompt, by: str, privileged: IntArray | None) -> IntArray | None:
         """The teacher's own prompt, where the completion is of the share of references that are learnt under it."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.byte_alignment import byte_vocabulary
 from potstill.config import RunConfig
 from potstill.config_teachers import (
     LocalTeacher,
@@ -116,6 +117,7 @@ class _Opener:
             verifier=self._verifier,
             advisor=self._advisor(),
             scoring=scoring,
+            vocabulary=byte_vocabulary(self.tokenizer) if self._config.objective.reads_privacy else None,
         )
 
     def _source(self, name: str) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from potstill.byte_alignment import byte_vocabulary
 from potstill.config import RunConfig
 from potstill.environments import Environment
 from rollout_worker.collect import Collector
@@ -49,6 +50,7 @@ def collector_of(
         "judge": verifier,
         "verifier": verifier,
         "advisor": None,
+        "vocabulary": byte_vocabulary(tokenizer) if config.objective.reads_privacy else None,
         "scoring": None if teacher is None else Scoring(teacher, IDENTITY, config.objective, hidden_size=0),
     }
     return Collector(config, views=views, **(usual | parts))

@@ -128,6 +128,6 @@ def assert_same(found: Found, expected: Found) -> None:
     torch.testing.assert_close(found[1], expected[1], rtol=1e-8, atol=1e-12)
 
 
-THERE = {name: method.objective for name, method in PRESETS.items() if not method.missing}
-BY_SERVER = [name for name, objective in THERE.items() if objective.tier < Tier.FULL]
-BY_ITSELF = [name for name, objective in THERE.items() if objective.reads_teacher]
+EVERY = {name: method.objective for name, method in PRESETS.items()}
+BY_SERVER = [name for name, objective in EVERY.items() if objective.tier < Tier.FULL]
+BY_ITSELF = [name for name, objective in EVERY.items() if objective.reads_teacher]

@@ -28,6 +28,7 @@ def make_rollout(
     support_ids: Any = None,
     draw_ids: Any = None,
     draw_logprobs: Any = None,
+    privacy: Sequence[float] | None = None,
 ) -> Rollout:
     """A completion that version 0 wrote and that is trained on everywhere, unless said otherwise."""
     length = len(completion)
@@ -48,6 +49,7 @@ def make_rollout(
         support_ids=None if support_ids is None else np.asarray(support_ids, dtype=np.int32),
         draw_ids=None if draw_ids is None else np.asarray(draw_ids, dtype=np.int32),
         draw_logprobs=draw_logprobs,
+        privacy=None if privacy is None else np.asarray(privacy),
     )
 
 
@@ -100,6 +102,7 @@ def random_batch(
             support_ids=support,
             draw_ids=draws,
             draw_logprobs=np.take_along_axis(sampler, draws, axis=1),
+            privacy=completion % 2,
         )
         scores = scores_of(teacher, completion=completion, topk=topk, support=support, draws=draws)
         batch.append(ScoredRollout(rollout=rollout, scores=scores))

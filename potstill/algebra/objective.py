@@ -45,7 +45,7 @@ from potstill.algebra.losses import (
     SortedL1,
 )
 from potstill.algebra.supports import Full, RandomSampling, Sampled, Samples, Support
-from potstill.algebra.targets import Taid, Target, Tempered
+from potstill.algebra.targets import Swing, Taid, Target, Tempered
 from potstill.section import Ramp, Section
 
 
@@ -153,6 +153,11 @@ class Term(Section):
         reads = isinstance(self.loss, PolicyGradient) and self.loss.student == "sampler"
         return reads or isinstance(self.loss, RatioK3) or not isinstance(self.correction, Ignored)
 
+    @property
+    def needs_privacy(self) -> bool:
+        """Whether it reads how private each token is."""
+        return isinstance(self.target, Swing)
+
 
 class Objective(Term):
     """The main term, and auxiliary terms beside it."""
@@ -212,6 +217,10 @@ class Objective(Term):
     @property
     def reads_reference(self) -> bool:
         return any(term.needs_reference for term in self.terms.values())
+
+    @property
+    def reads_privacy(self) -> bool:
+        return any(term.needs_privacy for term in self.terms.values())
 
     @property
     def reads_others(self) -> bool:

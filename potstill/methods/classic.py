@@ -220,12 +220,12 @@ CLASSIC: dict[str, Method] = {
         objective=objective(support="full", loss="forward_kl", target={"kind": "swing", "max_temperature": 4.0}),
         phrase="forward KL to a teacher that is hotter where a token is likely private",
         source="after Swing Distillation, arXiv 2212.08349, which publishes no formulas: T = 1 + 3π is this project's. "
-        "Noise is off (target.noise); tokens that are surely private are heated, not dropped.",
+        "Noise is off (target.noise); tokens that are surely private are heated, not dropped. π is 1 for "
+        "tokens of what a line of the data lists as `private`, else 0: nothing is detected, and rarity is not counted.",
         signal="divergence",
         granularity="token",
         good_at="Teaching less of names and numbers that should not be learnt by heart.",
         trap="No formal privacy; names are recalled worse; z-scored logits undo it.",
-        missing=("privacy scores of tokens",),
     ),
     "dac_kl": Method(
         objective=objective(support={"kind": "nucleus", "mass": 0.95}, loss="forward_kl"),

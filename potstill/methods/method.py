@@ -29,7 +29,6 @@ class Method:
     good_at: str = ""
     trap: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of the config → the paper's value
-    missing: tuple[str, ...] = ()  # parts of a run that it needs and that do not exist yet
 
     @property
     def needs(self) -> Mapping[str, str]:
@@ -41,8 +40,8 @@ class Method:
         found |= {"reward": by} if objective.reads_reward else {}
         found |= {"reference": "the student as it was"} if objective.reads_reference else {}
         found |= {"text": "the teacher's or the data's"} if objective.reads_others else {}
+        found |= {"data": "says which text is private"} if objective.reads_privacy else {}
         found |= {"state": "kept by checkpoints"} if objective.carries_state else {}
-        found |= {"not there yet": " and ".join(self.missing)} if self.missing else {}
         return found
 
     def as_dict(self) -> dict[str, Any]:

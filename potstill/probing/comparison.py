@@ -31,7 +31,7 @@ CONVERSATION = (
 ACROSS = tuple(
     name
     for name, method in PRESETS.items()
-    if method.objective.crosses_tokenizers and method.objective.tier > Tier.TEXT and not method.missing
+    if method.objective.crosses_tokenizers and method.objective.tier > Tier.TEXT
 )
 """Methods that read the scores of a teacher of another tokenizer."""
 _NUM_SHOWN = 6  # ids from the first that differs

@@ -42,7 +42,6 @@ def served(tier: Tier, *, same_tokens: bool = True) -> list[str]:
         name
         for name, method in PRESETS.items()
         if method.objective.tier <= highest
-        and not method.missing
         and (same_tokens or method.objective.crosses_tokenizers or method.objective.tier == Tier.TEXT)
     ]
 

@@ -49,7 +49,7 @@ ScoringTeacher: TypeAlias = ServerTeacher | VllmTeacher | CompletionsTeacher
 TEACHER, ADVISOR = "teacher", "advisor"  # names of accesses; members of "several" go by their own
 ALLOWED = "POTSTILL_TEACHERS"
 """Environment variable with the private networks and hosts that teachers may be called at, separated by commas. Unset:
-those of a laptop, loopback and private networks. A service that runs other people's configs must set it."""
+those of a laptop, loopback and private networks. A service sets it for the runs that are submitted to it."""
 _NOT_TWICE = RETRIED - {408, 504}  # our own server has given the work up by then: the next deadline is as short
 _FAILURES_PER_SLOT = 4
 _COOL_DOWN_S = 5.0

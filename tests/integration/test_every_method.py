@@ -1,4 +1,4 @@
-"""Every method whose parts exist, end to end on models of the quickstart's size: Ray, rollouts, scores, two steps.
+"""Every method, end to end on models of the quickstart's size: Ray, rollouts, scores, two steps.
 
 What a method needs decides what its run brings: the same table that a plan refuses by.
 """
@@ -19,15 +19,12 @@ from potstill import recipes
 from potstill.algebra.objective import Tier
 from potstill.config import RunConfig, ScratchConfig
 from potstill.config_file import load, parse, read_mapping
-from potstill.errors import PlanError
 from potstill.journal import Journal, read_jsonl
 from potstill.methods import PRESETS
-from potstill.planner import plan
 from tests.builders_teacher import KEY, teacher_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-WHOLE = [name for name, method in PRESETS.items() if not method.missing]
 TEMPLATE = "{prompt}\nReference answer: {answer}"
 SUMS = load(recipes.folder() / "opd.toml").data.model_dump()
 
@@ -36,6 +33,7 @@ SUMS = load(recipes.folder() / "opd.toml").data.model_dump()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("methods")
     (place / "key").write_text(KEY)
+    (place / "private.jsonl").write_text('{"prompt": "12 + 9 = ?", "private": ["1", "2"]}\n')
     return place
 
 
@@ -84,7 +82,7 @@ def mapping(folder: Path, method: str, teacher: dict[str, Any]) -> dict[str, Any
         "method": method,
         "student": {"model": str(folder / "student")},
         "teacher": teacher,
-        "data": SUMS,
+        "data": {"kind": "jsonl", "path": str(folder / "private.jsonl")} if objective.reads_privacy else SUMS,
         "rollout": rollout,
         "optim": {"lr": 1e-3},
         "loop": {"steps": 2},
@@ -102,7 +100,7 @@ def config_of(folder: Path, method: str, served: dict[str, str]) -> RunConfig:
     return parse(mapping(folder, method, teacher))
 
 
-@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("method", PRESETS)
 async def test_a_method_trains_for_a_few_steps(method: str, opened: Site, folder: Path, served: dict[str, str]) -> None:
     config = config_of(folder, method, served)
     journal = Journal(folder / config.name)
@@ -139,10 +137,3 @@ async def test_a_server_that_sends_its_states_teaches_as_its_model_does_in_the_l
     assert len(exact) == len(found) == 2
     assert found != exact  # states are rounded
     assert found == pytest.approx(exact, rel=1e-2)
-
-
-@pytest.mark.parametrize("method", [name for name in PRESETS if name not in WHOLE])
-async def test_a_method_whose_parts_do_not_exist_is_refused_by_name(method: str, folder: Path) -> None:
-    local = {"kind": "local", "models": [{"model": "m"}], "privileged_template": TEMPLATE}
-    with pytest.raises(PlanError, match=f"method '{method}' needs .*, which a run cannot bring yet; nearest"):
-        plan(parse(mapping(folder, method, local)))

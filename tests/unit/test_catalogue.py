@@ -66,8 +66,8 @@ from potstill.types import ScoredRollout
 from tests.presets import (
     BY_ITSELF,
     BY_SERVER,
+    EVERY,
     STEP,
-    THERE,
     Batch,
     Found,
     assert_same,
@@ -289,13 +289,13 @@ def untold(batch: Batch) -> Batch:
     return [changed(scored, teacher_context_ids=scored.rollout.prompt_ids) for scored in batch]
 
 
-VANISHING = [name for name in BY_ITSELF if THERE[name].vanishes_at_teacher]
+VANISHING = [name for name in BY_ITSELF if EVERY[name].vanishes_at_teacher]
 
 
 @pytest.mark.parametrize("name", VANISHING)
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(name: str) -> None:
     """The main term alone; a drawn target is right in the mean only."""
-    objective = shrunk(THERE[name]) | {"auxiliaries": {aux: {"weight": 0.0} for aux in THERE[name].auxiliaries}}
+    objective = shrunk(EVERY[name]) | {"auxiliaries": {aux: {"weight": 0.0} for aux in EVERY[name].auxiliaries}}
     batch = untold(make_batch())
 
     def found(batch: Batch) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def make_trainer(model: Path, **run: Any) -> Trainer:
 
 def train(trainer: Trainer, first: int, last: int) -> Trainer:
     for step in range(first, last + 1):
-        take_step(trainer, random_batch([(3, 4), (1, 3)], vocabulary=VOCABULARY, seed=step), step)
+        batch = random_batch([(3, 4), (1, 3)], vocabulary=VOCABULARY, seed=step)
+        right = [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, reward=1.0)) for s in batch]
+        take_step(trainer, right, step)
     return trainer
 
 
@@ -86,6 +89,29 @@ def test_a_restored_run_continues_bit_for_bit(run: dict[str, Any], model: str, m
     assert same(weights_of(through.student), weights_of(resumed.student))
     assert same(through.inner.state(), resumed.inner.state())
     assert through.schedules.state() == resumed.schedules.state()
+
+
+def test_learned_weights_of_teachers_continue_bit_for_bit(models: Path, tmp_path: Path) -> None:
+    teachers = [{"model": str(models / name)} for name in ("untied", "tied")]
+    teacher = {"kind": "local", "models": teachers, "learn_weights": 100.0}
+    run: dict[str, Any] = {"method": "multi_teacher", "teacher": teacher}
+    through = train(make_trainer(models / "tied", **run), 1, 3)
+    folder = save(through, tmp_path / "step-000003", models / "tied")
+    kept = through.weighing.state()
+    train(through, 4, 5)
+
+    resumed = make_trainer(models / "tied", **run)
+    checkpoint.restore(resumed, folder)
+    assert kept.keys() == {"untied", "tied"}
+    assert same(kept, resumed.weighing.state())
+    train(resumed, 4, 5)
+    assert same(weights_of(through.student), weights_of(resumed.student))
+    assert same(through.weighing.state(), resumed.weighing.state())
+    assert not same(kept, resumed.weighing.state())
+
+    run["teacher"] = {**teacher, "learn_weights": None}
+    with pytest.raises(ConfigError, match="learned weights of teachers, this run has none"):
+        checkpoint.restore(make_trainer(models / "tied", **run), folder)
 
 
 def test_without_the_optimizers_state_it_would_not(models: Path, tmp_path: Path) -> None:

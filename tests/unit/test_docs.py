@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from pydantic import TypeAdapter
 
 from orchestrator.recipe_table import PREPARATIONS, RECIPES
 from potstill import config_page, methods_page, recipes
@@ -16,6 +17,7 @@ from potstill.algebra.supports import StudentTopK
 from potstill.cli import app
 from potstill.config import RunConfig, ScratchConfig
 from potstill.config_file import load, read_mapping
+from potstill.config_teachers import TeacherConfig
 from potstill.methods import PRESETS
 from potstill.methods.method import objective
 
@@ -67,7 +69,7 @@ def test_the_page_of_methods_has_every_preset_once_in_its_family_and_once_in_the
 
 @pytest.mark.parametrize(("having", "tier", "names"), [choice[:3] for choice in methods_page.CHOICES])
 def test_a_recommended_method_can_run_with_the_teacher_that_one_has(having: str, tier: Tier, names: tuple[str, ...]):
-    unfit = [name for name in names if PRESETS[name].objective.tier > tier or PRESETS[name].missing]
+    unfit = [name for name in names if PRESETS[name].objective.tier > tier]
     assert unfit == []
     assert all(PRESETS[name].objective.reads_verdict == ("verifier" in having) for name in names)
 
@@ -140,3 +142,9 @@ def test_every_phase_of_the_quickstart_is_shipped():
     for phase in [*prepared, *(run for recipe in RECIPES.values() for run in recipe.runs)]:
         assert (recipes.folder() / f"{phase.config}.toml").exists(), phase
         assert phase.scratch is None or phase.scratch in models, phase
+
+
+def test_every_teacher_of_the_page_is_one():
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "teachers.md").read_text(), re.DOTALL)
+    kinds = {TypeAdapter(TeacherConfig).validate_python(tomllib.loads(block)["teacher"]).kind for block in blocks}
+    assert kinds == {"server", "vllm", "self", "several"}

@@ -122,7 +122,7 @@ def test_two_runs_see_other_prompts_and_one_run_the_same():
 
 def test_lines_are_prompts_in_their_order_and_from_the_top_again(tmp_path: Path):
     rows = [
-        {"prompt": "a", "answer": 1, "solution": "one", "domain": "letters"},
+        {"prompt": "a", "answer": 1, "solution": "one", "domain": "letters", "private": ["Jane", "日本"]},
         "",
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "b\u2028c"}]},
         {"prompt": "held"},
@@ -132,6 +132,7 @@ def test_lines_are_prompts_in_their_order_and_from_the_top_again(tmp_path: Path)
     assert (question(first), first.answer, first.solution, first.domain) == ("a", "1", "one", "letters")
     assert second.messages == (Message(role="system", content="s"), Message(role="user", content="b\u2028c"))
     assert (second.answer, second.solution, second.domain) == (None, None, "default")
+    assert (first.private, second.private) == (("Jane", "日本"), ())
     assert [question(environment.train(index)) for index in (2, 3, 1001)] == ["a", "b\u2028c", "b\u2028c"]
     assert environment.train(2).id == "train-2"
     assert [question(prompt) for prompt in environment.held_out(1)] == ["held"]
@@ -149,6 +150,10 @@ def test_lines_are_prompts_in_their_order_and_from_the_top_again(tmp_path: Path)
         ('{"prompt": [{"role": "user"}]}', "needs a `role` and a `content`"),
         ('{"prompt": [{"role": "user", "content": 3}]}', "needs a `role` and a `content`"),
         ('{"prompt": "a", "solution": 3}', "`solution` must be a text"),
+        ('{"prompt": "a", "private": "Jane"}', "`private` must be a list of texts"),
+        ('{"prompt": "a", "private": ["Jane", 7]}', "`private` must be a list of texts"),
+        ('{"prompt": "a", "private": [""]}', "none of them empty"),
+        ('{"prompt": "a", "private": ""}', "`private` must be a list of texts"),
         ('{"prompt": "a", "answer": "many"}', "`answer` is no number"),
     ],
 )

@@ -18,6 +18,7 @@ from potstill.wire import Capabilities
 from tests.builders_teacher import IDENTITY
 from tests.teacher_tables import ADVISED, LOCAL, NONE, OPENAI, SELF, SERVED_HERE, SERVER, SEVERAL, VLLM, offering
 
+WEIGHED = {**LOCAL, "models": [{"model": "models/a"}, {"model": "models/b"}], "learn_weights": 0.1}
 RANKS = {**OPENAI, "ranks": "likeness"}
 SAMPLES = "rollout.samples_per_prompt=4"
 SNAPSHOT = "rollout.source=snapshot"
@@ -83,6 +84,31 @@ def several(**member: Any) -> dict[str, Any]:
             "teacher.fade_steps: teacher.privileged_template shows nothing that fades",
             ("opsd", {**ADVISED, "fade_steps": 4}),
         ),
+        (
+            ("multi_teacher", {**WEIGHED, "models": LOCAL["models"]}, VERIFIED),
+            "teacher.learn_weights weighs several models",
+            ("multi_teacher", WEIGHED, VERIFIED),
+        ),
+        (
+            ("multi_teacher", {**WEIGHED, "models": [{"model": "a", "domains": ["maths"]}, {"model": "b"}]}, VERIFIED),
+            "none of teacher.models has domains",
+            ("multi_teacher", WEIGHED, VERIFIED),
+        ),
+        (
+            ("sft", WEIGHED, VERIFIED, REFERENCE),
+            "method 'sft' reads no teacher",
+            ("baby_llama", WEIGHED, VERIFIED, REFERENCE),
+        ),
+        (
+            ("multi_teacher", WEIGHED),
+            "teacher.learn_weights needs text that is known to be right",
+            ("distillm", WEIGHED, "rollout.beside=reference"),
+        ),
+        (
+            ("baby_llama", WEIGHED, "rollout.source=teacher", "rollout.beside=reference"),
+            "teacher.learn_weights needs text that is known to be right",
+            ("baby_llama", WEIGHED, REFERENCE),
+        ),
         (("opsd", LOCAL), "reads more than the student: teacher.privileged_template", ("opsd", ADVISED)),
         (
             ("sft", NONE, REFERENCE, "rollout.privileged_share=0.5"),
@@ -146,6 +172,15 @@ def test_a_misfit_is_said_and_the_same_run_put_right_has_none(wrong: Any, says: 
     assert any(says in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
     assert list(misfits(make_config(*right))) == []
+
+
+def test_a_method_that_reads_what_is_private_needs_data_that_says_it():
+    config = make_config("swing", LOCAL)
+    sums = {"kind": "reasoning_gym", "dataset": "chain_sum"}
+    assert list(misfits(config)) == []
+    assert list(misfits(parse({**config.model_dump(), "data": sums}))) == [
+        "method 'swing' reads which text is private, as `private` of a line: data.kind = \"jsonl\""
+    ]
 
 
 def test_a_teacher_that_offers_what_the_method_reads_is_taken():

@@ -75,7 +75,6 @@ def make_config(
             make_config("m", "objective.support.k=200"),
             r"support\.k is 200: a teacher server sends at most 128",
         ),
-        (make_config("m", method="swing", teacher=LOCAL), "'swing' needs .*, which a run cannot bring yet; nearest"),
         (
             make_config("m", "objective.support.m=129", method="async_opd"),
             r"support\.m is 129: a teacher server scores at most 128 ids",
@@ -216,7 +215,7 @@ def test_a_damaged_weights_file_is_named(tmp_path: Path):
 def test_the_nearest_method_is_of_the_same_kind_and_can_be_served():
     found = nearest("opsd_reverse", Tier.IDS)
     assert found
-    assert all(PRESETS[name].objective.tier <= Tier.IDS and not PRESETS[name].missing for name in found)
+    assert all(PRESETS[name].objective.tier <= Tier.IDS for name in found)
     assert PRESETS[found[0]].objective.loss.kind == "reverse_kl"
 
 

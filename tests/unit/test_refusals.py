@@ -12,7 +12,7 @@ from learner.aggregation import Denominators
 from learner.trainer import Trainer
 from potstill.algebra.objective import Objective, Tier
 from potstill.errors import AlignmentError, NonFinite, SignalLost
-from tests.presets import BY_SERVER, THERE, Batch, assert_same, batch_for, changed, computed, make_batch, trainer_of
+from tests.presets import BY_SERVER, EVERY, Batch, assert_same, batch_for, changed, computed, make_batch, trainer_of
 from tests.trainers import SELF_TEACHER, VOCABULARY, denominators_of, make_trainer, same, weights_of
 
 
@@ -29,7 +29,7 @@ def check_refused(trainer: Trainer, batch: Batch, error: type[Exception], says: 
 @pytest.mark.parametrize("name", ["opd", "opd_sampled", "opsd", "paced", "sft", "grpo"])
 def test_a_batch_that_is_masked_whole_is_refused(name: str) -> None:
     nothing = [changed(scored, loss_mask=np.zeros_like(scored.rollout.loss_mask)) for scored in make_batch()]
-    trainer = trainer_of(name, teacher="self" if THERE[name].tier == Tier.FULL else "server")
+    trainer = trainer_of(name, teacher="self" if EVERY[name].tier == Tier.FULL else "server")
     with pytest.raises(ValueError, match="no step can be divided by"):
         denominators_of(trainer, nothing)
     check_refused(trainer, nothing, AlignmentError, "holds 0 tokens of 0 sequences", num_loss_tokens=1, num_sequences=1)
@@ -66,11 +66,11 @@ def test_a_prompt_of_no_weight_beside_others_is_neither_learnt_nor_missed() -> N
     assert (learnt[1] - one[1]).norm() > 0.01 * one[1].norm()
 
 
-@pytest.mark.parametrize("name", [name for name, objective in THERE.items() if objective.reads_verdict])
+@pytest.mark.parametrize("name", [name for name, objective in EVERY.items() if objective.reads_verdict])
 def test_a_completion_that_was_not_judged_is_refused_by_name(name: str) -> None:
     batch = make_batch()
     batch[1] = changed(batch[1], reward=math.nan)
-    teacher = "self" if THERE[name].tier == Tier.FULL else "server"
+    teacher = "self" if EVERY[name].tier == Tier.FULL else "server"
     check_refused(trainer_of(name, teacher=teacher), batch, ValueError, "of prompt 'p0' has reward nan; was it judged?")
 
 
@@ -94,7 +94,7 @@ def test_a_score_that_is_nan_stops_the_step_by_name_or_was_never_read(name: str)
     clean = computed(trainer_of(name, teacher="server"), batch)
     for field in SCORES:
         trainer = trainer_of(name, teacher="server")
-        if field in read_by(THERE[name]):
+        if field in read_by(EVERY[name]):
             check_refused(trainer, spoilt(batch, field), NonFinite, "term '|facts.teacher_entropy")
         else:
             found = computed(trainer, spoilt(batch, field))
@@ -116,7 +116,7 @@ def read_by(objective: Objective) -> set[str]:
 
 def test_every_score_is_read_by_some_preset() -> None:
     """The test above can fail for each of them."""
-    assert set().union(*(read_by(THERE[name]) for name in BY_SERVER)) == set(SCORES)
+    assert set().union(*(read_by(EVERY[name]) for name in BY_SERVER)) == set(SCORES)
 
 
 @pytest.mark.parametrize("name", ["opd", "gkd_topk", "opd_sampled"])

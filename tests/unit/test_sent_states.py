@@ -30,7 +30,7 @@ from rollout_worker.scoring import asked, support_k
 from teacher_server.batching import Job
 from teacher_server.engine import ScoringTeacher
 from teacher_server.transformers_backbone import TransformersBackbone
-from tests.presets import THERE, Batch, assert_same, batch_for, changed, computed, make_batch, shrunk
+from tests.presets import EVERY, Batch, assert_same, batch_for, changed, computed, make_batch, shrunk
 from tests.rollouts import IDENTITY, make_rollout
 from tests.tiny_models import VOCABULARY as BYTES
 from tests.tiny_models import save_tiny_model
@@ -40,7 +40,7 @@ WIDTH = 16  # of the states of tests.trainers' networks
 TEACHER = make_student(seed=1)
 SERVER = {"kind": "server", "model": "unused"}
 READS_MORE = {**SERVER, "privileged_template": "{prompt} {answer}"}
-FULL = [name for name, objective in THERE.items() if objective.tier is Tier.FULL]
+FULL = [name for name, objective in EVERY.items() if objective.tier is Tier.FULL]
 GOLD = {"over": "student", "auxiliaries": {"gold": {"over": "others", "loss": "likelihood"}}}
 CPU = torch.device("cpu")
 

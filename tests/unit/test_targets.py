@@ -27,6 +27,7 @@ STUDENT_TOPK = made(support={"kind": "student_topk", "k": 2}, loss="reverse_kl",
 TEACHER_TOPK = made(support={"kind": "teacher_topk", "k": 2}, loss="jsd", over="student")
 FULL = PRESETS["opsd"].objective
 SFT = PRESETS["sft"].objective
+SWING = PRESETS["swing"].objective
 SFT_TERM = {"loss": "likelihood", "over": "others"}
 BUDGET = made(loss="likelihood", over="others", aggregation={"kind": "token_budget", "tokens": 4})
 CPU = torch.device("cpu")
@@ -108,6 +109,20 @@ def test_a_support_and_scores_of_other_widths_are_refused() -> None:
 def test_scores_that_lack_what_the_support_reads_are_refused_by_name(objective: Objective, missing: str) -> None:
     with pytest.raises(AlignmentError, match=f"did not send {missing}"):
         gathered([make_scored()], [[True] * 3], objective)
+
+
+def test_how_private_the_loss_tokens_are_is_gathered_where_it_is_read() -> None:
+    batch = [make_scored(make_rollout(privacy=row)) for row in ([1, 0, 0.5], [0, 1, 0])]
+    masks = [[True, False, True], [False, True, True]]
+    facts = gathered(batch, masks, SWING, inside=True)
+    assert facts.privacy is not None
+    assert facts.privacy.tolist() == [1, 0.5, 1, 0]
+    assert gathered(batch, masks, FULL, inside=True).privacy is None
+
+
+def test_a_rollout_that_does_not_say_how_private_it_is_is_refused() -> None:
+    with pytest.raises(AlignmentError, match="rollout a/0 does not say how private its tokens are"):
+        gathered([make_scored()], [[True] * 3], SWING, inside=True)
 
 
 def test_a_teacher_with_a_prompt_of_its_own_needs_it_rendered() -> None:
