@@ -177,7 +177,7 @@ class Collector:
         if by != "reference" or fraction(prompt.id) >= self._config.rollout.privileged_share:
             return None
         assert privileged is not None, "checked by the plan"
-        return privileged
+        return None if np.array_equal(privileged, self._views.own(prompt)) else privileged  # nothing is left of it
 
 
 def _under_both(rollout: Rollout) -> Rollout:
