@@ -1,6 +1,6 @@
 """Recipes of the quickstart, every phase, two steps each: they prepare, distil, compare and report.
 
-Those that ask a black box are in test_black_box.py.
+Those that ask a black box are in test_black_box_runs.py.
 """
 
 from __future__ import annotations
