@@ -1,11 +1,12 @@
 """A teacher server under many times the load it can carry: what is accepted, how long it takes, what is refused.
 
-    python -m bench.overload MODEL_FOLDER [--seconds 10] [--times 100]
+    python -m bench.overload [MODEL_FOLDER] [--seconds 10] [--times 100]
 
-First one request after another, which gives the server's capacity; then requests on a clock, `times` as many per
-second, sent whatever comes back. Beside them /livez is asked every 50 ms. Prints JSON. Requests that found no free
-connection of CONNECTIONS are counted as not sent, so that the load really offered is known. The load comes from this
-process, which shares the machine with the server: its figures of /livez include its own delays.
+Without a folder it is the teacher of bench.teacher, 23.6M parameters. First one request after another, which gives the
+server's capacity; then requests on a clock, `times` as many per second, sent whatever comes back. Beside them /livez is
+asked every 50 ms. Prints JSON. Requests that found no free connection of CONNECTIONS are counted as not sent, so that
+the load really offered is known. The load comes from this process, which shares the machine with the server: its figures of
+/livez include its own delays.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.teacher import save_teacher
 from potstill.codec import SAFETENSORS, encode_request
 from potstill.wire import Ask, ScoreItem, ScoreRequest
 
@@ -86,11 +89,15 @@ class Caller:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", help="default: bench.teacher's")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--times", type=float, default=100.0)
     options = parser.parse_args()
-    print(json.dumps(measure(options.model, seconds=options.seconds, times=options.times), indent=2))
+    with tempfile.TemporaryDirectory() as place:
+        if options.model is None:
+            save_teacher(Path(place) / "teacher")
+        model = options.model or Path(place) / "teacher"
+        print(json.dumps(measure(model, seconds=options.seconds, times=options.times), indent=2))
 
 
 def measure(model: Path, *, seconds: float, times: float) -> dict[str, Any]:
