@@ -12,7 +12,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart opsd black-box test check docs bench clean
+.PHONY: help setup quickstart opsd black-box test chaos check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ black-box: setup ## teachers of which only text can be had, of another tokenizer
 
 test: setup ## all tests
 	$(PYTHON) -m pytest $(ARGS)
+
+chaos: setup ## kill, freeze, cut off and starve real runs; a quarter of an hour, and more of it as root
+	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)
 
 check: setup ## style, types, import rules
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ from orchestrator.launch import site
 from orchestrator.run import execute
 from potstill.config import RunConfig, ScratchConfig
 from potstill.config_file import parse
-from potstill.journal import Journal, read_jsonl
+from potstill.journal import Journal, steps_in
 
 PROMPT_TOKENS, NEW_TOKENS, ROLLOUTS, VOCABULARY = 64, 128, 32, 4096
 WARM_UP_STEPS = 3
@@ -79,7 +79,7 @@ def config(scratch: Path, engine: str, steps: int) -> RunConfig:
 
 def figures(folder: Path) -> dict[str, Any]:
     """Medians over the steps after the warm-up."""
-    steps = list(read_jsonl(folder / "metrics.jsonl"))[WARM_UP_STEPS:]
+    steps = steps_in(folder)[WARM_UP_STEPS:]
 
     def median(name: str) -> float:
         return statistics.median(step[name] for step in steps)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,11 @@ def server(folder: Path, threads: int) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def teacher_client(url: str) -> TeacherClient:
+def teacher_client(url: str) -> AbstractAsyncContextManager[TeacherClient]:
     """The client that a rollout worker has."""
     headers = {"authorization": SecretStr(f"Bearer {KEY}")}
     policy = CallPolicy(deadline_s=DEADLINE_S, concurrency=1, failures_to_open=1, cool_down_s=1.0)
-    return TeacherClient(Endpoint(url=url, headers=headers, guard=Guard(["127.0.0.0/8"]), policy=policy))
+    return aclosing(TeacherClient(Endpoint(url=url, headers=headers, guard=Guard(["127.0.0.0/8"]), policy=policy)))
 
 
 @contextmanager

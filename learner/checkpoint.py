@@ -3,32 +3,42 @@
     step-000123/
       model/          what transformers and vLLM load: config, safetensors, tokenizer, chat template, README.md
       adapter/        only with LoRA: the adapter alone, for peft
-      trainer/        student, optimizer, teacher, its weighing and judge as *.safetensors, state.json: what continues
+      trainer/        what continues beside model/: optimizer, teacher, its weighing, judge, random generators and, with
+                      LoRA, the adapter by the learner's own names as *.safetensors; state.json
       manifest.json   sha256 and size of every file above
+
+    trainer ── capture ──► Captured ── write ──► step-000123        training goes on after capture: write, on a thread
+       ▲     copies only                           │                of its own, never looks at the trainer
+       └───────────────── restore ◄── newest_good ─┘
 
 Written beside its place, fsynced, then renamed. No pickle: optimizer state is tensors by parameter name, and JSON.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from learner.inner_teacher import InnerModels
 from learner.judge import Judge
 from learner.moments import load_moments, moments
 from learner.trainer import Trainer
 from learner.weighing import Weighing
-from potstill.errors import ConfigError
-from potstill.journal import checkpoints, fsync_folder, write_json
+from potstill.durable import placed, take_away
+from potstill.errors import ConfigError, RunError
+from potstill.fencing import Fence, newest_attempt
+from potstill.journal import checkpoints, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,43 +49,109 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+_ASIDE = ".damaged"
 
 
-def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: Mapping[str, Any]) -> Path:
-    """Write `folder`. `card` becomes model/README.md; `extra` (prompt cursor, counters) comes back from `restore`.
+class Saveable(Protocol):
+    """A configuration of transformers or peft."""
 
-    Raises ConfigError when the folder exists: a checkpoint is never overwritten.
+    def save_pretrained(self, save_directory: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """Everything of a trainer that decides the next number, in memory that no later step touches."""
+
+    version: int
+    schedules: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]  # by file, without its suffix
+    configs: tuple[tuple[str, Saveable], ...]  # and the folders they belong to
+
+
+@torch.no_grad()
+def capture(trainer: Trainer) -> Captured:
+    """Copy to the CPU what `write` needs; takes as long as copying that memory, and no file is opened.
+
+    Over several ranks all of them call, between two steps, and rank 0's is the one to write.
+    """
+    student, trainable = trainer.student, _trainable(trainer)
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model/model": student.ranks.whole(student.full_weights()),
+        "trainer/optimizer": moments(trainer.optimizer, trainable, student.ranks),
+        "trainer/generators": _generators(student.head.device),
+        **{f"trainer/{name}": part.state() for name, part in _beside(trainer).items()},
+    }
+    configs: list[tuple[str, Saveable]] = [("model", student.transformer.config)]
+    if student.transformer.generation_config is not None:
+        configs.append(("model", student.transformer.generation_config))
+    if _is_adapted(trainer):
+        tensors["trainer/student"] = student.ranks.whole(trainable)
+        tensors["adapter/adapter_model"], config = _adapter(trainer, tensors["trainer/student"])
+        configs.append(("adapter", config))
+    return Captured(
+        version=trainer.version,
+        schedules=copy.deepcopy(trainer.schedules.state()),
+        tensors=_copied(tensors),
+        configs=tuple((name, copy.deepcopy(config)) for name, config in configs),
+    )
+
+
+def write(
+    captured: Captured, folder: Path, *, card: str, tokenizer: Path, extra: Mapping[str, Any], fence: Fence
+) -> Path:
+    """Write `folder`, and read it back. `card` becomes model/README.md; `extra` (prompt cursor, counters) comes back
+    from `restore`. Call it from any thread.
+
+    A sound checkpoint that is there already stays as it is; one that is damaged is set aside. Raises Fenced when a
+    newer attempt of the run has begun, RunError when the disk is full or gives back other bytes than it was given.
     """
     if folder.exists():
-        raise ConfigError(f"checkpoint {folder.name} exists already")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    _write_model(trainer, temporary / "model", card, tokenizer)
-    _write_trainer(trainer, temporary / "trainer", extra)
-    write_json(temporary / "manifest.json", {"step": trainer.version, "files": digest(temporary)})
-    for path in temporary.rglob("*"):
-        fsync_folder(path) if path.is_dir() else _fsync(path)
-    fsync_folder(temporary)
-    temporary.rename(folder)
-    fsync_folder(folder.parent)
+        if _flaw(folder) is None:
+            return folder
+        _set_aside(folder)
+    with placed(folder, fence) as temporary:
+        for name, config in captured.configs:
+            config.save_pretrained(str(temporary / name))
+        for name, tensors in captured.tensors.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                save_file(dict(tensors), temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, temporary / "model" / name)
+        (temporary / "model" / "README.md").write_text(card)
+        state = {"version": captured.version, "schedules": captured.schedules, "extra": dict(extra)}
+        write_json(temporary / "trainer" / "state.json", state)
+        write_json(temporary / "manifest.json", {"step": captured.version, "files": digest(temporary)})
+    flaw = _flaw(folder)
+    if flaw is not None:
+        raise RunError(f"{flaw}, though it has just been written: the disk cannot be trusted; use another and resume")
     return folder
 
 
+def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: Mapping[str, Any]) -> Path:
+    """Capture and write at once, as the run's newest attempt: for those who have time to wait."""
+    run = folder.parent.parent
+    fence = Fence(run, newest_attempt(run))
+    return write(capture(trainer), folder, card=card, tokenizer=tokenizer, extra=extra, fence=fence)
+
+
+@torch.no_grad()
 def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Put weights, optimizer, teacher, weighing, judge, schedules and version back as they were. Returns `extra`.
+    """Put everything that decides the next number back as it was. Returns `extra`.
 
     Raises ConfigError naming the first file that is missing or damaged.
     """
     verify(folder)
     state: dict[str, Any] = json.loads((folder / "trainer" / "state.json").read_text())
-    weights = load_file(folder / "trainer" / "student.safetensors")
-    with torch.no_grad():
-        for name, parameter in _trainable(trainer).items():
-            parameter.copy_(weights[name])
-    load_moments(trainer.optimizer, _trainable(trainer), load_file(folder / "trainer" / "optimizer.safetensors"))
+    ranks, trainable = trainer.student.ranks, _trainable(trainer)
+    weights = load_file(folder / ("trainer/student.safetensors" if _is_adapted(trainer) else "model/model.safetensors"))
+    for name, parameter in trainable.items():
+        parameter.copy_(ranks.lay(weights[name], like=parameter))
+    load_moments(trainer.optimizer, trainable, _load(folder / "trainer" / "optimizer"), ranks)
     for name, part in _beside(trainer).items():
-        path = folder / "trainer" / f"{name}.safetensors"
-        part.load(load_file(path) if path.exists() else {})
+        part.load(_load(folder / "trainer" / name))
+    _set_generators(_load(folder / "trainer" / "generators"), trainer.student.head.device)
     trainer.schedules.load(state["schedules"])
     trainer.version = state["version"]
     return dict(state["extra"])
@@ -84,53 +160,58 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises ConfigError on the first that differs."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
+        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
+    except (OSError, KeyError, TypeError, ValueError):
         raise ConfigError(f"{folder} is not a checkpoint: it has no readable manifest.json") from None
-    found = digest(folder)
     for name, expected in files.items():
-        if found.get(name) != expected:
-            raise ConfigError(f"checkpoint {folder}: {name} is {'damaged' if name in found else 'missing'}")
+        try:
+            found = _facts(folder / name)
+        except FileNotFoundError:
+            raise ConfigError(f"checkpoint {folder}: {name} is missing") from None
+        except OSError as error:
+            raise ConfigError(f"checkpoint {folder}: {name} cannot be read: {error.strerror}") from error
+        if found != expected:
+            raise ConfigError(f"checkpoint {folder}: {name} is damaged")
+
+
+def newest_good(parent: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is sound, and what is wrong with each that is newer; None when none is sound."""
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(parent)):
+        flaw = _flaw(folder)
+        if flaw is None:
+            return folder, damaged
+        damaged.append(flaw)
+    return None, damaged
 
 
 def digest(folder: Path) -> dict[str, dict[str, Any]]:
     """sha256 and size of every file but the manifest, by its path in the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {str(p.relative_to(folder)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in files}
+    return {str(p.relative_to(folder)): _facts(p) for p in files}
 
 
 def prune(parent: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for old in checkpoints(parent)[:-keep]:
-        shutil.rmtree(old)
+    """Remove all but the newest `keep` checkpoints, and damaged ones that were set aside."""
+    for old in [*checkpoints(parent)[:-keep], *parent.glob(f"step-*{_ASIDE}")]:
+        take_away(old)
 
 
-def _write_model(trainer: Trainer, folder: Path, card: str, tokenizer: Path) -> None:
-    student = trainer.student
-    folder.mkdir(parents=True)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in student.full_weights().items()}
-    student.transformer.config.save_pretrained(folder)
-    if student.transformer.generation_config is not None:
-        student.transformer.generation_config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-    (folder / "README.md").write_text(card)
-    if student.network is not student.transformer:
-        student.network.save_pretrained(folder.parent / "adapter")  # type: ignore[operator]
+def _flaw(folder: Path) -> str | None:
+    """Why a checkpoint cannot be restored from; None: it can."""
+    try:
+        verify(folder)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
-def _write_trainer(trainer: Trainer, folder: Path, extra: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True)
-    trainable = _trainable(trainer)
-    save_file({n: p.detach().cpu().contiguous() for n, p in trainable.items()}, folder / "student.safetensors")
-    save_file(moments(trainer.optimizer, trainable), folder / "optimizer.safetensors")
-    for name, part in _beside(trainer).items():
-        if kept := part.state():
-            save_file(kept, folder / f"{name}.safetensors")
-    state = {"version": trainer.version, "schedules": trainer.schedules.state()}
-    write_json(folder / "state.json", {**state, "extra": dict(extra)})
+def _set_aside(folder: Path) -> None:
+    """Under a name that is no checkpoint's: somebody may still want what is left of it."""
+    aside = folder.with_name(f"{folder.name}{_ASIDE}")
+    if aside.exists():
+        take_away(aside)
+    folder.rename(aside)
 
 
 def _beside(trainer: Trainer) -> dict[str, InnerModels | Judge | Weighing]:
@@ -142,11 +223,53 @@ def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in trainer.student.network.named_parameters() if p.requires_grad}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_adapted(trainer: Trainer) -> bool:
+    return trainer.student.network is not trainer.student.transformer
 
 
-def _fsync(path: Path) -> None:
+def _adapter(trainer: Trainer, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Saveable]:
+    """The adapter under peft's names for files, and its configuration as peft saves it."""
+    import peft
+
+    network: Any = trainer.student.network
+    config = copy.deepcopy(network.peft_config["default"])
+    config.inference_mode = True
+    return peft.get_peft_model_state_dict(network, state_dict=dict(weights)) if weights else {}, config
+
+
+def _copied(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """On the CPU, and nobody else's: from a GPU all at once, into pinned memory. One in two files is copied once."""
+    done: dict[int, Tensor] = {}
+    for tensor in (tensor for tensors in files.values() for tensor in tensors.values()):
+        if id(tensor) not in done:
+            done[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            done[id(tensor)].copy_(tensor, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {file: {name: done[id(tensor)] for name, tensor in tensors.items()} for file, tensors in files.items()}
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's random generators, which are all that the learner draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:  # else it was written on another kind of device
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _load(name: Path) -> dict[str, Tensor]:
+    """The tensors of a file, named without its suffix; there is none where there was nothing to keep."""
+    path = name.with_suffix(".safetensors")
+    return load_file(path) if path.exists() else {}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Of the file on the disk, not of the copy that the system may still have in memory."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the copy is read
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": os.fstat(file.fileno()).st_size}

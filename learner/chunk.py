@@ -50,6 +50,11 @@ class Chunk:
         """The rows of a field of the facts. Raises ValueError when it is missing."""
         return known(getattr(self._facts, name), name)[self.rows]
 
+    def known(self, name: str) -> Tensor | None:
+        """The rows of a field of the facts; None when it is missing."""
+        field: Tensor | None = getattr(self._facts, name)
+        return None if field is None else field[self.rows]
+
     def scored_by(self) -> dict[str, Tensor]:
         """[C] which rows each teacher outside the learner has scored, by its name; only those that scored some."""
         names = self._facts.teachers or ()

@@ -25,6 +25,7 @@ from learner.model import CausalModel, make_optimizer
 from learner.moments import load_moments, moments
 from learner.packing import pack, plan_micro_batches
 from learner.pairs import bradley_terry
+from learner.ranks import Alone
 from potstill.algebra import judges
 from potstill.config import RunConfig
 from potstill.errors import AlignmentError, ConfigError, NonFinite
@@ -101,7 +102,7 @@ class Discriminator:
     def state(self) -> dict[str, Tensor]:
         """Weights, and the optimizer's moments of each."""
         weights = {f"{name}/weight": weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
-        return weights | moments(self._optimizer, self.weights)
+        return weights | moments(self._optimizer, self.weights, Alone())
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -112,7 +113,7 @@ class Discriminator:
         for name, weight in self.weights.items():
             weight.copy_(kept[name])
         rest = {key: value for key, value in state.items() if not key.endswith("/weight")}
-        load_moments(self._optimizer, self.weights, rest)
+        load_moments(self._optimizer, self.weights, rest, Alone())
 
     def _micro_batches(self, batch: Sequence[ScoredRollout]) -> list[list[int]]:
         lengths = [len(scored.rollout.prompt_ids) + len(scored.rollout.completion_ids) for scored in batch]

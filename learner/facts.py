@@ -1,7 +1,8 @@
 """What is known of a micro-batch's loss tokens before its loss is taken. Nothing here has a gradient.
 
 Legend: N loss tokens of S completions, in packed order; K ids of a top-k, M draws, V vocabulary. A field that no term
-of the objective reads is None. A row that no term reads may hold NaN; a row that one reads never does.
+of the objective reads is None, but for `behaviour` and `age`, of which a step's health is measured. A row that no term
+reads may hold NaN; a row that one reads never does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Facts:
     positions: Tensor  # [N] i64, of the token in its completion
     origin: Tensor  # [N] i64, see ORIGINS
     behaviour: Tensor | None = None  # [N] sampler's log-probs of the written tokens
+    age: Tensor | None = None  # [N] i64, versions from the one that wrote the token to the student; -1: not the student
     teacher: Tensor | None = None  # [N] teacher's
     reference: Tensor | None = None  # [N] those of the student as the run found it
     teacher_entropy: Tensor | None = None  # [N] nats

@@ -19,7 +19,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from learner.ensemble import average_of_logits, average_of_probabilities, routed
 from learner.facts import Logits
@@ -81,16 +80,15 @@ class InnerModels:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep: the moving average. All else is read from folders again."""
-        return {} if self.average is None else dict(self.average.weights)
+        return {} if self.average is None else self.average.state()
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave. Raises ConfigError when it is another run's."""
-        own = self.state()
-        if state.keys() != own.keys():
+        if state.keys() != ({} if self.average is None else self.average.weights).keys():
             raise ConfigError("the checkpoint's teacher is not this run's; continue with the config that wrote it")
-        for name, weight in own.items():
-            weight.copy_(state[name])
+        if self.average is not None:
+            self.average.load(state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +184,7 @@ class Copy:
         }
 
     def __call__(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        weights = {name: self.weights[name].to(parameter.dtype) for name, parameter in self._trained()}
-        hidden: Tensor = functional_call(self._student, weights, (packed,))
-        head = self._student.head
-        return hidden, next((weights[name] for name, parameter in self._trained() if parameter is head), head)
+        return self._student.ranks.read(self._student, self.weights, packed)
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self._student.named_parameters() if p.requires_grad)
@@ -210,6 +205,13 @@ class MovingAverage(Copy):
         """weights ← decay · weights + (1 − decay) · the student's."""
         for name, parameter in self._trained():
             self.weights[name].lerp_(parameter.to(self.weights[name].dtype), 1 - self._decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._student.ranks.whole(self.weights)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(self._student.ranks.lay(state[name], like=weight))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

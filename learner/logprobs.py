@@ -63,8 +63,12 @@ def head_loss(hidden: Tensor, head: Tensor, row_loss: RowLoss, *, chunk_tokens: 
 
     hidden   [N, D] states that predict the N loss tokens
     head     [V, D] weight of the output layer
+
+    Where gradients are switched off none is computed.
     """
     tally = Tally()
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()
     loss = _HeadLoss.apply(hidden, head, row_loss, chunk_tokens, tally)  # type: ignore[no-untyped-call]
     return loss, tally
 

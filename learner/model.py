@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from learner.attention import IMPLEMENTATION, Layout
 from learner.packing import Packed
+from learner.ranks import Alone, Ranks
 from potstill.config import LoraConfig, OptimConfig, StudentConfig
 from potstill.errors import ConfigError
 
@@ -31,6 +32,7 @@ class CausalModel(nn.Module):
         super().__init__()
         self.network = network  # what is trained and saved: the transformer, or peft's wrapper around it
         self._transformer = (transformer,)  # in a tuple: the same weights must not be registered twice
+        self.ranks: Ranks = Alone()  # over whom its weights lie; see Ranks.shard
         _refuse_unsupported(transformer)
 
     @property
@@ -39,7 +41,7 @@ class CausalModel(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """[V, D]"""
+        """[V, D]. Over several ranks it is whole from a pass until `Ranks.settle` or a backward; else a shard."""
         return self.transformer.get_output_embeddings().weight
 
     def forward(self, packed: Packed) -> Tensor:
@@ -54,7 +56,10 @@ class CausalModel(nn.Module):
         return hidden.squeeze(0)[packed.predicts.to(device)]
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter by the transformer's own names, tied ones once; adapters merged into copies."""
+        """Every parameter by the transformer's own names, tied ones once; adapters merged into copies.
+
+        Over several ranks these are shards: see Ranks.whole.
+        """
         if self.network is self.transformer:
             return dict(self.transformer.named_parameters())
         return _merged(self.transformer)

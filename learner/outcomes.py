@@ -39,6 +39,20 @@ def compare(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
     return chunk.compared[name]
 
 
+def whole(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both | None:
+    """As `compare`, but with all mass of both sides at temperature 1, whatever the loss sees of it.
+
+    The last outcome of a top-k is then the rest. None where that would cost a pass over the vocabulary of its own.
+    """
+    if term.sees_all_mass:
+        return compare(term, name, chunk, moment)
+    if not isinstance(term.support, TopK):
+        return None
+    ids, kept, rest, absent = _top_k(term, chunk)
+    own, kept = (side.masked_fill(absent, -torch.inf) for side in (chunk.logq.gather(-1, ids), kept))
+    return _with_rest(own, kept, rest)
+
+
 def _compared(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
     support = term.support
     if isinstance(support, Full):
@@ -59,6 +73,10 @@ def _compared(term: Term, name: str, chunk: Chunk, moment: Moment) -> Both:
     own = chunk.logq.gather(-1, ids).masked_fill(absent, -torch.inf)
     if support.rest == "partial":
         return own, kept
+    return _with_rest(own, kept, rest)
+
+
+def _with_rest(own: Tensor, kept: Tensor, rest: Tensor) -> Both:
     return supports.with_bucket(own, supports.log_rest(own)), supports.with_bucket(kept, rest)
 
 

@@ -55,6 +55,23 @@ def pack(contexts: Sequence[IntArray], completions: Sequence[IntArray], loss_mas
     )
 
 
+def share(lengths: Sequence[int], *, num_ranks: int) -> list[list[int]]:
+    """[R] indices of sequences, ascending, of each rank: the longest first, each to whoever has fewest tokens.
+
+    Deterministic, and the same on every rank. Where there are fewer sequences than ranks some have none.
+
+    >>> share([5, 2, 4, 1], num_ranks=2)
+    [[0, 3], [1, 2]]
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    held = [0] * num_ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(num_ranks), key=lambda r: held[r])
+        shares[rank].append(index)
+        held[rank] += lengths[index]
+    return [sorted(indices) for indices in shares]
+
+
 def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Indices of sequences per micro-batch: best fit of the longest first, each at most max_tokens tokens.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,20 @@ def check_ids(scored: ScoredRollout, *, vocabulary: int) -> None:
     for name, ids in fields.items():
         if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < vocabulary):
             raise AlignmentError(f"rollout {rollout.id}: {name} holds an id outside the vocabulary of {vocabulary}")
+
+
+def fresh(batch: Sequence[ScoredRollout], oldest_version: int) -> list[ScoredRollout]:
+    """The same rollouts; tokens that a version before `oldest_version` wrote are read and not trained on."""
+    return [_without_stale(scored, oldest_version) for scored in batch]
+
+
+def _without_stale(scored: ScoredRollout, oldest_version: int) -> ScoredRollout:
+    """A snapshot's text is never stale: the weights that wrote it do not move."""
+    rollout = scored.rollout
+    stale = (rollout.weight_versions >= 0) & (rollout.weight_versions < oldest_version)
+    if rollout.snapshot or not stale.any():
+        return scored
+    return replace(scored, rollout=replace(rollout, loss_mask=rollout.loss_mask & ~stale))
 
 
 def trainable(scored: ScoredRollout, objective: Objective, *, inside: bool) -> BoolArray:
@@ -126,8 +141,8 @@ def gather(
     rollouts = [scored.rollout for scored in batch]
     lengths = [int(mask.sum()) for mask in masks]
     fields: dict[str, Any] = {name: _spread(values, lengths, device) for name, values in rewards.items()}
-    if any(term.needs_sampler for term in objective.terms.values()):
-        fields["behaviour"] = _gather([r.student_logprobs for r in rollouts], masks, device)
+    fields["behaviour"] = _gather([r.student_logprobs for r in rollouts], masks, device)
+    fields["age"] = _gather([_age(r, step) for r in rollouts], masks, device).long()
     if _read_draws(rollouts, objective):
         fields["sample_ids"] = _gather(_own(rollouts, "draw_ids"), masks, device).long()
         fields["sample_behaviour"] = _gather(_own(rollouts, "draw_logprobs"), masks, device)
@@ -246,6 +261,12 @@ def _own(rollouts: Sequence[Rollout], name: str) -> list[NDArray[Any]]:
         np.zeros((len(rollout.completion_ids), like.shape[1]), like.dtype) if value is None else value
         for rollout, value in zip(rollouts, known, strict=True)
     ]
+
+
+def _age(rollout: Rollout, step: int) -> IntArray:
+    """[T] versions that each token trails the student which step `step` moves; -1 where no version of it wrote."""
+    written = (rollout.weight_versions >= 0) & (not rollout.snapshot)
+    return np.where(written, step - 1 - rollout.weight_versions, -1).astype(np.int32)
 
 
 def _privacy(rollout: Rollout) -> FloatArray:

@@ -1,7 +1,8 @@
 """One optimizer step, as the paper's algorithm box: mask, pack, forward, loss, backward, check, clip, step.
 
-Everything between "a list of scored rollouts" and "a better student" for one process. Knows no Ray, no files, no
-schedule of checkpoints, and no feature by name: what a method needs is in the objects it calls.
+Everything between "a list of scored rollouts" and "a better student". Knows no Ray, no files, no schedule of
+checkpoints, and no feature by name: what a method needs is in the objects it calls. Of several ranks each is given the
+whole list, and every verb is called on all; what is settled for a whole step each settles for itself, in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from learner.logprobs import Tally, head_loss, id_logprobs
 from learner.model import CausalModel, learning_rate, make_optimizer
 from learner.nearness import near_of
 from learner.objective import OF_TEACHER, row_loss
-from learner.packing import pack, plan_micro_batches
+from learner.packing import pack, plan_micro_batches, share
 from learner.schedules import Schedules
 from learner.sent_states import SentStates
 from learner.targets import budgeted, check_ids, gather, trainable
@@ -111,24 +112,22 @@ class Trainer:
         return tally
 
     def accumulate(self, batch: Batch, masks: Masks, denominators: Mapping[str, Denominators], *, step: int) -> Tally:
-        """Forward and backward, micro-batch by micro-batch: losses and measures of a step, or of one rank's part of it.
+        """Forward and backward, micro-batch by micro-batch: losses and measures of a step, or of a part of it.
 
         denominators  of the whole step, by what a term is over (see `totals`). All completions of a prompt are here;
                       a gate "pass_rate" scales its weights to the part it sees, so it wants the whole step.
+
+        Each rank passes over its share; losses and measures are everybody's, gradients are summed.
         """
-        objective = self.config.objective
+        objective, ranks = self.config.objective, self.student.ranks
         earned = credit(batch, masks, objective, judge=self.judge, near=self.near)
         moment = Moment(step=step, steps=self.config.loop.steps, schedule=self.schedules.values())
-        tally = Tally()
-        tally.add({}, tied(earned))
+        tally, whole = Tally(), Tally()
+        whole.add({}, tied(earned))
         self.optimizer.zero_grad(set_to_none=True)
-        for indices in self._micro_batches(batch):
-            kept = [i for i in sorted(indices) if masks[i].any()]
-            if not kept:
-                continue
-            part, own = [batch[i] for i in kept], [masks[i] for i in kept]
-            rewards = {name: [values[i] for i in kept] for name, values in earned.items()}
-            rollouts = [scored.rollout for scored in part]
+        for indices, own in self._passes(batch, masks):
+            part, rollouts = [batch[i] for i in indices], [batch[i].rollout for i in indices]
+            rewards = {name: [values[i] for i in indices] for name, values in earned.items()}
             hidden = self.student(pack([r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts], own))
             facts = self._facts(part, own, hidden, step=step, rewards=rewards)
             loss, found = head_loss(
@@ -140,7 +139,9 @@ class Trainer:
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             tally.merge(found)
-        return tally
+        ranks.settle(self.student)
+        whole.merge(ranks.total(tally))
+        return whole
 
     def teacher_logprobs(self, scored: ScoredRollout) -> list[float] | None:
         """The inner teacher's log-prob of every completion token, for people to look at; None without one."""
@@ -152,6 +153,7 @@ class Trainer:
         written = torch.from_numpy(rollout.completion_ids[:, None]).long().to(self.student.head.device)
         logits = teacher.read([scored], [everywhere])
         found: list[float] = id_logprobs(logits, written, chunk_tokens=self.config.learner.chunk_tokens)[:, 0].tolist()
+        self.student.ranks.settle(self.student)
         return found
 
     def _facts(
@@ -173,7 +175,9 @@ class Trainer:
     def _move(self, step: int, loss: float) -> float:
         """Clip, check, step. Returns the gradient's norm before clipping."""
         trained = [p for p in self.student.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optim.max_grad_norm).item()
+        total_norm = self.student.ranks.norm([p.grad for p in trained if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.max_grad_norm, total_norm)
+        grad_norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFinite(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights are still those of step {step - 1}"
@@ -186,16 +190,31 @@ class Trainer:
         self.version = step
         return grad_norm
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
-        """Indices into the batch; completions that a term compares with each other stay together."""
+    def _passes(self, batch: Batch, masks: Masks) -> list[tuple[list[int], Masks]]:
+        """What this rank passes over: indices into the batch, and the loss tokens of each.
+
+        Ranks meet in every pass: where another has one more, the shortest text without a loss token fills it.
+        """
+        plans = self._micro_batches(batch, masks)
+        own = [(indices, [masks[i] for i in indices]) for indices in plans[self.student.ranks.rank]]
+        shortest = min(range(len(batch)), key=lambda i: self._num_tokens(batch[i]))
+        idle = ([shortest], [np.zeros_like(masks[shortest])])
+        return own + [idle] * (max(map(len, plans)) - len(own))
+
+    def _micro_batches(self, batch: Batch, masks: Masks) -> list[list[list[int]]]:
+        """Of each rank, without text that has no loss token; completions that a term compares stay together."""
         paired = self.config.objective.compares_completions
         groups: dict[object, list[int]] = defaultdict(list)
         for index, scored in enumerate(batch):
             groups[scored.rollout.prompt_id if paired else index].append(index)
         members = list(groups.values())
         lengths = [sum(self._num_tokens(batch[i]) for i in indices) for indices in members]
-        plan = plan_micro_batches(lengths, max_tokens=self.config.learner.micro_batch_tokens)
-        return [[i for group in part for i in members[group]] for part in plan]
+        plans = []
+        for own in share(lengths, num_ranks=self.student.ranks.size):
+            plan = plan_micro_batches([lengths[g] for g in own], max_tokens=self.config.learner.micro_batch_tokens)
+            filled = [sorted(i for g in part for i in members[own[g]] if masks[i].any()) for part in plan]
+            plans.append([indices for indices in filled if indices])
+        return plans
 
     def _num_tokens(self, scored: ScoredRollout) -> int:
         """Packed tokens of the longer of the two views, which are in memory together."""

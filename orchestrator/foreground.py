@@ -1,4 +1,4 @@
-"""`potstill run`: one run in this process, with a display, ended cleanly by Ctrl-C or SIGTERM."""
+"""`potstill run`: one run in this process, with a display. Ctrl-C ends it; SIGTERM ends it with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.buffer import Closed
 from orchestrator.launch import site
 from orchestrator.report import page_of_a_bad_ending, write_report
 from orchestrator.run import execute
@@ -21,19 +22,22 @@ from potstill.errors import ConfigError
 from potstill.journal import Journal
 from potstill.planner import plan
 
+GRACE_S = 30.0  # after SIGTERM: for the step that is being made and its checkpoint
+
 Result = TypeVar("Result")
 
 
-def run(config: RunConfig, *, report_to: str | None, quiet: bool) -> dict[str, Any]:
-    """Run to the end, good or bad, and write the report.
+def run(config: RunConfig, *, report_to: str | None, quiet: bool, resume: bool) -> dict[str, Any] | None:
+    """Run to the end, good or bad, and write the report; `resume`: the run that is in the config's folder already.
 
-    Refuses before anything is written when config and plan do not fit.
+    None when it was asked to stop before its end and has left a checkpoint. Refuses before anything is written when
+    config and plan do not fit.
     """
     plan(config)
     open_environment(config.data).held_out(config.eval.items)
     if report_to is not None and "POTSTILL_RUN_TOKEN" not in os.environ:
         raise ConfigError("--report-to: the variable POTSTILL_RUN_TOKEN, which the service sets, is missing")
-    journal = Journal(Path(config.runs) / config.name)
+    journal = Journal(Path(config.runs) / config.name, resume=resume)
     with page_of_a_bad_ending(journal.folder), contextlib.ExitStack() as stack:
         stack.callback(journal.close)
         if report_to is not None:
@@ -41,7 +45,10 @@ def run(config: RunConfig, *, report_to: str | None, quiet: bool) -> dict[str, A
         if not quiet:
             out = sys.stdout
             journal.listen(stack.enter_context(make_display(config.loop.steps, config.name, file=out)))
-        report = until_done(lambda: _run(config, journal))
+        try:
+            report = asyncio.run(_run(config, journal))
+        except Closed:
+            report = None
         write_report(journal.folder)
     return report
 
@@ -50,17 +57,35 @@ def until_done(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """asyncio.run with SIGTERM treated as Ctrl-C is: the main task is cancelled and cleans up after itself."""
 
     async def guarded() -> Result:
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        _on_sigterm(_this_task().cancel)
         return await main()
 
     return asyncio.run(guarded())
 
 
 async def _run(config: RunConfig, journal: Journal) -> dict[str, Any]:
+    """The first SIGTERM asks for a checkpoint and the end; a second one, or GRACE_S, does not wait for it."""
+    stopping, task = asyncio.Event(), _this_task()
+
+    def asked() -> None:
+        if stopping.is_set():
+            task.cancel()
+        stopping.set()
+        asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
+
     async with site(config) as opened:
-        return await execute(config, opened, journal)
+        _on_sigterm(asked)
+        return await execute(config, opened, journal, stopping)
+
+
+def _on_sigterm(call: Callable[[], object]) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, call)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "called inside a task"
+    return task
 
 
 def _reporter(stack: contextlib.ExitStack, url: str, run_id: str, folder: Path) -> Callable[..., None]:

@@ -39,8 +39,8 @@ class Job:
 class Launcher(Protocol):
     """Starts and stops the processes of runs. Raises ServiceError (503) when the cluster does not answer."""
 
-    def launch(self, run: Run, config: Path, token: str) -> None:
-        """Start `run` from its config file. The token travels in the environment, never on the command line."""
+    def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
+        """Start `run` from its config file, or go on with it. The token travels in the environment alone."""
 
     def look(self) -> Mapping[str, Job]:
         """Every job that the cluster remembers, by submission id."""
@@ -68,7 +68,8 @@ class RayLauncher:
         self._command = tuple(command)
         self._report_url = report_url
 
-    def launch(self, run: Run, config: Path, token: str) -> None:
+    def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
+        arguments = [str(config), "--report-to", self._report_url, *(["--resume"] if resume else [])]
         environment = {
             "POTSTILL_RUN_TOKEN": token,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
@@ -77,7 +78,7 @@ class RayLauncher:
         }
         with _ray_errors():
             self._client.submit_job(
-                entrypoint=shlex.join([*self._command, str(config), "--report-to", self._report_url]),
+                entrypoint=shlex.join([*self._command, *arguments]),
                 submission_id=run.submission_id,
                 runtime_env={"env_vars": environment},
                 metadata={"potstill_run": run.id},

@@ -12,15 +12,28 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.crew import Crew, outcome
+from orchestrator import cluster
+from orchestrator.crew import WORKER, Crew
+from orchestrator.learners import LEARNER, Learners
+from orchestrator.outcome import end, outcome
+from orchestrator.placement import Placement
+from orchestrator.pulse import actor_pulse
+from orchestrator.roster import Roster, Worker
+from orchestrator.tasks import together, until
 from orchestrator.teachers import Faculty
 from potstill.config import RunConfig, ScratchConfig
+from potstill.errors import WorkerLost
+from potstill.fencing import Fence
+from potstill.journal import Journal
 from potstill.teachers.opening import ALLOWED
+from potstill.transports.route import route_of
+from potstill.types import StartingPoint
 
-OBJECT_STORE_BYTES = 512 << 20  # of a local Ray: weights in flight and scored rollouts of a laptop's run
+POLL_S = 0.2
 ACTOR_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
@@ -30,62 +43,125 @@ ACTOR_ENV = {
 
 
 class Site:
-    """Ray, one learner and some rollout workers, without a run."""
+    """A connection to Ray with a learner and rollout workers, without a run. Actors start when they are first needed,
+    and again when they were lost."""
 
-    def __init__(self, learner: Any, workers: list[Any]) -> None:
-        self._learner = learner
-        self._workers = workers
+    def __init__(self, config: RunConfig) -> None:
+        self._first = config
+        self._gang = cluster.Gang()
+        self._learners: list[Any] = []
+        self._workers: dict[int, Any] = {}
+        self._placed: set[int] = set()  # workers that have found room
 
-    async def open(self, config: RunConfig, faculty: Faculty) -> Crew:
-        """Have every process load what the run needs. Raises ConfigError when one of them cannot."""
-        accesses, met = faculty.accesses, faculty.met
-        opening = [w.open.remote(config, accesses, met, number) for number, w in enumerate(self._workers)]
-        version, *_ = await asyncio.gather(
-            outcome("learner", self._learner.open.remote(config, met)),
-            *[outcome("rollout worker", worker) for worker in opening],
+    @contextlib.asynccontextmanager
+    async def open(
+        self, config: RunConfig, faculty: Faculty, fence: Fence, journal: Journal
+    ) -> AsyncIterator[tuple[Crew, StartingPoint]]:
+        """Have every process load what the run needs, from its newest sound checkpoint where it has one.
+
+        Raises ConfigError when one of them cannot, CapacityError when the cluster has no room for them in time.
+        """
+        nearby = bool(faculty.processes) and not cluster.is_own()  # teachers of ours listen on loopback
+        placement = Placement.of(config, host=cluster.this_host() if nearby else None)
+        learners = Learners(await self._ranks(config, placement))
+        route = route_of(config, same_host=cluster.on_one_host())
+        journal.event("weights.route", f"weights travel by {route.transport}: {route.reason}", **asdict(route))
+        roster = Roster(
+            lambda number, anew: self._hire(number, config, faculty, fence, anew=anew),
+            wanted=config.rollout.workers,
+            at_least=config.rollout.min_workers,
+            restarts=config.loop.restarts,
         )
-        return Crew(
-            config,
-            learner=self._learner,
-            workers=self._workers,
-            version=version,
-            teachers=faculty.processes,
-        )
+        try:  # side by side: each loads its libraries for seconds
+            start, *_ = await together(
+                learners.open(config, faculty.met, fence, route), roster.open(), self._enough(config, placement)
+            )
+            crew = Crew(
+                config,
+                learners=learners,
+                roster=roster,
+                published=start.published,
+                journal=journal,
+                teachers=faculty.processes,
+            )
+            yield crew, start
+        finally:
+            await roster.close()
 
     async def create(self, folder: Path, architecture: ScratchConfig, *, texts: list[str], seed: int) -> None:
         """Write a model folder from nothing, replacing what is there."""
-        await outcome("learner", self._learner.create.remote(str(folder), architecture, texts, seed))
+        learners = Learners(await self._ranks(self._first, Placement.of(self._first)))
+        await learners.first("create", str(folder), architecture, texts, seed)
+
+    async def dismiss_learners(self) -> None:
+        """End those that are left of a learner that lost a rank, or that fell silent."""
+        for actor in self._learners:
+            await end(actor)
+        self._learners = []
+
+    async def _ranks(self, config: RunConfig, placement: Placement) -> list[Any]:
+        from learner.actor import Learner
+
+        if not self._gang.suits(placement):
+            await self.dismiss_learners()
+            await self._dismiss_workers()
+            self._gang.release()
+        await self._gang.gather(placement, config.resources.wait_s)
+        new = range(len(self._learners), config.learner.ranks)
+        self._learners += [_actor(Learner, config.learner.threads, self._gang.rank(number)) for number in new]
+        await together(*[_enter(LEARNER, self._learners[number]) for number in new])
+        return self._learners[: config.learner.ranks]
+
+    async def _hire(self, number: int, config: RunConfig, faculty: Faculty, fence: Fence, *, anew: bool) -> Worker:
+        """Have the worker of a place open the run; `anew`: in another process than the one that was there."""
+        from rollout_worker.actor import RolloutWorker
+
+        if anew and number in self._workers:
+            self._placed.discard(number)
+            await end(self._workers.pop(number))
+        if number not in self._workers:
+            self._workers[number] = _actor(RolloutWorker, config.rollout.threads, self._gang.worker(number))
+        actor = self._workers[number]
+        await _enter(WORKER, actor)
+        self._placed.add(number)
+        await until(
+            outcome(WORKER, actor.open.remote(config, faculty.accesses, faculty.met, number, fence)),
+            actor_pulse(WORKER, actor, config.loop.silence_s, WorkerLost),
+        )
+        return Worker(number=number, actor=actor, version=0)
+
+    async def _enough(self, config: RunConfig, placement: Placement) -> None:
+        """Wait until the workers that a run begins with have found room. Raises CapacityError when it takes too long.
+        The others may wait for ever: they join when there is room."""
+        wait_s, wanted = config.resources.wait_s, min(config.rollout.min_workers, config.rollout.workers)
+        if not placement.worker:
+            return
+        try:
+            async with asyncio.timeout(wait_s):
+                while len(self._placed) < wanted:
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            what, strategy = "rollout workers", "each where there is room"
+            raise cluster.lacking(what, [placement.worker] * wanted, strategy=strategy, waited_s=wait_s) from None
+
+    async def _dismiss_workers(self) -> None:
+        for actor in self._workers.values():
+            await end(actor)
+        self._workers.clear()
+        self._placed.clear()
 
 
 @contextlib.asynccontextmanager
 async def site(config: RunConfig) -> AsyncIterator[Site]:
-    """Connect to Ray (RAY_ADDRESS, or a local one that ends with us) and start the actors of `config`."""
+    """Connect to Ray: RAY_ADDRESS, or a local one that ends with us. `config`: of the first run."""
     import ray
 
-    from learner.actor import Learner
-    from rollout_worker.actor import RolloutWorker
-
-    await asyncio.to_thread(_connect)
+    await asyncio.to_thread(cluster.connect, ACTOR_ENV)
     _take_back_sigterm()
     try:
-        learner = _actor(Learner, config.learner.threads)
-        workers = [_actor(RolloutWorker, config.rollout.threads) for _ in range(config.rollout.workers)]
-        yield Site(learner, workers)
+        yield Site(config)
     finally:
         await asyncio.to_thread(ray.shutdown)
-
-
-def _connect() -> None:
-    import ray
-
-    local = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(
-        include_dashboard=None if not local else False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": ACTOR_ENV},
-        **local,
-    )
 
 
 def _take_back_sigterm() -> None:
@@ -98,8 +174,10 @@ def _take_back_sigterm() -> None:
         signal.siginterrupt(signal.SIGTERM, False)
 
 
-def _actor(cls: type, threads: int) -> Any:
-    import ray
+def _actor(cls: type, threads: int, berth: cluster.Berth) -> Any:
+    return cluster.actor(cls, berth, {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads)})
 
-    options = {"num_cpus": 0, "runtime_env": {"env_vars": {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads)}}}
-    return ray.remote(cls).options(**options).remote()
+
+async def _enter(who: str, actor: Any) -> None:
+    """Returns once the actor has found room and begun, in the folder that we are in."""
+    await outcome(who, actor.__ray_call__.remote(cluster.enter, os.getcwd()))

@@ -18,16 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
-# The light values of the page's variables; each value stands for one variable, so none may occur twice.
-COLOURS = {
-    "--ink": "#1d1d1b",
-    "--muted": "#6b6a65",
-    "--rule": "#dedad2",
-    "--student": "#1f5f8b",
-    "--student-pale": "#a8c4d8",
-    "--control": "#b5641d",
-    "--control-pale": "#e2c1a2",
-}
+from orchestrator.pages import COLOURS
+
 INK, MUTED, RULE = COLOURS["--ink"], COLOURS["--muted"], COLOURS["--rule"]
 STUDENT, STUDENT_PALE = COLOURS["--student"], COLOURS["--student-pale"]
 CONTROL, CONTROL_PALE = COLOURS["--control"], COLOURS["--control-pale"]

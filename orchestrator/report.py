@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from orchestrator import findings, heatmap, plots
+from orchestrator.pages import COLOURS, environment
 from orchestrator.plots import AccuracyCurve, Series
-from potstill.journal import Status, read_jsonl, write_atomically
+from potstill.errors import RunError
+from potstill.journal import Status, read_jsonl, steps_in, write_atomically
 from potstill.metrics import MISSING, number
 
 Record = Mapping[str, Any]
@@ -79,7 +80,7 @@ def read_folder(folder: Path) -> RunFolder:
         status=_read_json(folder / "status.json"),
         report=_read_json(folder / "report.json"),
         config=_read_json(folder / "config.json"),
-        metrics=list(read_jsonl(folder / "metrics.jsonl")),
+        metrics=steps_in(folder),
         events=list(read_jsonl(folder / "events.jsonl")),
         samples=list(read_jsonl(folder / "samples.jsonl")),
     )
@@ -110,28 +111,28 @@ def draw(run: RunFolder, control: RunFolder | None) -> dict[str, Figure]:
 
 def render(run: RunFolder, control: RunFolder | None, figures: Mapping[str, Figure]) -> str:
     """The page. Everything but our own SVG passes through the template's escaping."""
-    environment = Environment(
-        loader=PackageLoader("orchestrator"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.j2").render(
-        run_id=str(run.report.get("run_id") or run.name),
-        metric=str(run.report.get("metric") or "accuracy"),
-        unfinished=run.unfinished("The run"),
-        unfinished_control=control.unfinished("The supervised control") if control else None,
-        headline=findings.headline(run.report),
-        sentences=findings.sentences(run.report, run.events),
-        contestants=findings.contestants(run.report, run.events),
-        colours=plots.COLOURS,
-        figures={name: Markup(plots.svg(figure, name)) for name, figure in figures.items()},  # noqa: S704  our drawing
-        samples=[heatmap.read_sample(record) for record in heatmap.choose(run.samples)],
-        num_samples=len(run.samples),
-        legend=heatmap.legend(),
-        facts=findings.facts(run.report),
-        facts_so_far=findings.facts_so_far(run.status, run.config, run.metrics),
-        config=flatten(run.config),
-        numbers=flatten(run.report),
-        missing=MISSING,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            run_id=str(run.report.get("run_id") or run.name),
+            metric=str(run.report.get("metric") or "accuracy"),
+            unfinished=run.unfinished("The run"),
+            unfinished_control=control.unfinished("The supervised control") if control else None,
+            headline=findings.headline(run.report),
+            sentences=findings.sentences(run.report, run.events),
+            contestants=findings.contestants(run.report, run.events),
+            colours=COLOURS,
+            figures={name: Markup(plots.svg(figure, name)) for name, figure in figures.items()},  # noqa: S704  our drawing
+            samples=[heatmap.read_sample(record) for record in heatmap.choose(run.samples)],
+            num_samples=len(run.samples),
+            legend=heatmap.legend(),
+            facts=findings.facts(run.report),
+            facts_so_far=findings.facts_so_far(run.status, run.config, run.metrics),
+            config=flatten(run.config),
+            numbers=flatten(run.report),
+            missing=MISSING,
+        )
     )
 
 
@@ -171,7 +172,7 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _write_where_possible(folder: Path) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RunError):
         write_report(folder)
 
 

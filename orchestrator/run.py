@@ -1,4 +1,4 @@
-"""One run from its config to its report: open, evaluate, distil, evaluate, save, tell.
+"""One run from its config to its report: attempts, until one comes to the end.
 
 `potstill run`, a submitted run and every phase of the quickstart come through `execute`. What a run leaves behind is
 true at any moment: status.json says where it stands, and a run that ended badly says why.
@@ -7,39 +7,48 @@ true at any moment: status.json says where it stands, and a run that ended badly
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.buffer import Buffer
+from orchestrator.attempt import Attempt
+from orchestrator.buffer import Closed
 from orchestrator.chores import Chores
+from orchestrator.exposition import exposed
 from orchestrator.footprint import Footprint
 from orchestrator.launch import ACTOR_ENV, Site
-from orchestrator.loop import distil
-from orchestrator.offpolicy import OffPolicy
-from orchestrator.prompts import PromptStream
+from orchestrator.pulse import ray_pulse
 from orchestrator.recorder import Recorder
-from orchestrator.spending import in_all
+from orchestrator.tasks import until
 from orchestrator.teachers import Faculty, teachers
 from potstill.config import RunConfig
-from potstill.environments import open_environment
-from potstill.errors import NonFinite, PotstillError, RunError
+from potstill.errors import ChunkLost, NonFinite, PotstillError, RunError, WorkerLost
+from potstill.fencing import hold
 from potstill.journal import Journal, Status, checkpoints, write_json
 from potstill.planner import plan
 
 KL_WINDOW_SHARE = 20  # reverse_kl_first and _last are means over this share of the steps: one step is noisy
 
 
-async def execute(config: RunConfig, site: Site, journal: Journal) -> dict[str, Any]:
+async def execute(
+    config: RunConfig, site: Site, journal: Journal, stopping: asyncio.Event | None = None
+) -> dict[str, Any]:
     """Run `config` on the processes of `site`, writing through `journal`. Returns report.json's content.
 
-    Raises what ended it, after status.json says so: PotstillError (failed), CancelledError (cancelled).
+    A folder that holds checkpoints and scored rollouts goes on from them; setting `stopping` has the run leave a
+    checkpoint and end. Raises what ended it, after status.json says so: PotstillError (failed), Closed and
+    CancelledError (cancelled).
     """
     try:
-        report = await _executed(config, site, journal)
+        with hold(journal.folder), exposed(journal, config):
+            report = await until(_executed(config, site, journal, stopping or asyncio.Event()), ray_pulse())
+    except Closed:
+        journal.event("run.stopped", "the run was asked to stop and has left a checkpoint; resume it with --resume")
+        journal.status(Status.CANCELLED)
+        raise
     except asyncio.CancelledError:
         journal.event("run.cancelled", "the run was stopped from outside", level="warn")
         journal.status(Status.CANCELLED)
@@ -55,37 +64,43 @@ async def execute(config: RunConfig, site: Site, journal: Journal) -> dict[str, 
     return report
 
 
-async def _executed(config: RunConfig, site: Site, journal: Journal) -> dict[str, Any]:
-    started = time.perf_counter()
+async def _executed(config: RunConfig, site: Site, journal: Journal, stopping: asyncio.Event) -> dict[str, Any]:
     journal.status(Status.STARTING)
     write_json(journal.folder / "config.json", config.model_dump(mode="json"))
     write_json(journal.folder / "plan.json", plan(config).as_dict())
-    environment = open_environment(config.data)
     with Footprint() as footprint:
-        async with teachers(config, journal.folder, ACTOR_ENV) as faculty:
-            _introduce(journal, faculty)
-            crew = await site.open(config, faculty)
-            journal.status(Status.RUNNING)
-            journal.event("run.started", f"{config.method} on {config.data.kind}", steps=config.loop.steps)
-            recorder = Recorder(journal=journal, config=config.loop)
-            offpolicy = OffPolicy.of(config)
-            chores = Chores(
-                config, crew=crew, journal=journal, recorder=recorder, data=environment, offpolicy=offpolicy
-            )
-            prompts = PromptStream(
-                environment,
-                seed=config.seed,
-                prompts_per_step=config.rollout.prompts_per_step,
-                offpolicy=offpolicy,
-            )
-            await chores.before()
-            await distil(crew, prompts, _buffer(config), recorder, chores)
-            await chores.after()
-            spent = in_all(await crew.spent())
-    seconds = time.perf_counter() - started
-    report = _report(config, recorder, chores, spent, peak=footprint.peak_bytes, seconds=seconds)
+        attempt = await _attempts(config, site, journal, stopping)
+    report = _report(config, attempt.recorder, attempt.chores, attempt.spent, peak=footprint.peak_bytes)
     write_json(journal.folder / "report.json", report)
     return report
+
+
+async def _attempts(config: RunConfig, site: Site, journal: Journal, stopping: asyncio.Event) -> Attempt:
+    """Attempt after attempt, each from the newest sound checkpoint, until one comes to the run's end.
+
+    What was lost is begun anew: the learner's processes, or the teachers'. Raises the loss when several come in a row
+    without a step between them.
+    """
+    losses = 0
+    async with contextlib.AsyncExitStack() as stack:
+        faculty: Faculty | None = None
+        while True:
+            attempt, steps = Attempt(config, site, journal, stopping), journal.num_steps
+            try:
+                if faculty is None or not faculty.alive:
+                    await stack.aclose()
+                    faculty = await stack.enter_async_context(teachers(config, journal.folder, ACTOR_ENV))
+                    _introduce(journal, faculty)
+                await attempt.run(faculty)
+            except (WorkerLost, ChunkLost) as error:
+                losses = 1 if journal.num_steps > steps else losses + 1
+                if losses > config.loop.restarts:
+                    raise
+                journal.event("run.recovering", f"{error}; going on from the last checkpoint", level="warn")
+                journal.status(Status.RECOVERING)
+                await site.dismiss_learners()
+            else:
+                return attempt
 
 
 def _introduce(journal: Journal, faculty: Faculty) -> None:
@@ -95,16 +110,6 @@ def _introduce(journal: Journal, faculty: Faculty) -> None:
         journal.event("teacher.met", found.headline, level=level, name=name, **found.as_event())
 
 
-def _buffer(config: RunConfig) -> Buffer:
-    return Buffer(
-        prompts_per_step=config.rollout.prompts_per_step,
-        steps=config.loop.steps,
-        max_staleness=config.loop.max_staleness,
-        max_unscored_fraction=config.loop.max_unscored_fraction,
-        version=0,
-    )
-
-
 def _report(
     config: RunConfig,
     recorder: Recorder,
@@ -112,7 +117,6 @@ def _report(
     spent: Mapping[str, Any],
     *,
     peak: int,
-    seconds: float,
 ) -> dict[str, Any]:
     """DESIGN §8. What was not measured is NaN here and null on disk."""
     stages = dict(recorder.seconds)
@@ -123,7 +127,7 @@ def _report(
         "engine": config.rollout.engine,
         "seed": config.seed,
         "steps": recorder.steps_done,
-        "seconds_total": seconds,
+        "seconds_total": recorder.seconds_total,
         "seconds_by_stage": stages,
         "tokens_trained": recorder.tokens_trained,
         "tokens_per_second": recorder.tokens_trained / sum(stages.values()) if stages else math.nan,
@@ -146,8 +150,10 @@ def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
 def _failed(journal: Journal, error: PotstillError) -> None:
     level = "error"
     kind = "run.diverged" if isinstance(error, NonFinite) else "run.failed"
-    journal.event(kind, str(error), level=level, category=error.category)
-    journal.status(Status.FAILED, error=error)
+    with contextlib.suppress(RunError):  # a disk that is full takes no last words; whoever called hears the cause
+        journal.event(kind, str(error), level=level, category=error.category)
+    with contextlib.suppress(RunError):
+        journal.status(Status.FAILED, error=error)
 
 
 def last_checkpoint(folder: Path) -> Path:

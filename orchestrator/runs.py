@@ -1,9 +1,12 @@
 """The life of a run as the service knows it: its states, the moves between them, and what clients read of it.
 
     queued ──► starting ──► running ──► succeeded | failed | cancelled
+       │          │          ▲  │
+       │          │          │  ▼
+       │          └──► recovering, waiting_teacher       a process was lost, or its teacher is away; not an end
        └──────────┴────────────┴──► cancelling ──► any of the three
 
-Pure. Refuses to leave a final state, to go backward, and to enter a state twice.
+Pure. Refuses to leave a final state, and to go back before a run was started.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ class State(StrEnum):
     QUEUED = Status.QUEUED.value
     STARTING = Status.STARTING.value
     RUNNING = Status.RUNNING.value
+    WAITING_TEACHER = Status.WAITING_TEACHER.value
+    RECOVERING = Status.RECOVERING.value
     CANCELLING = "cancelling"
     SUCCEEDED = Status.SUCCEEDED.value
     FAILED = Status.FAILED.value
@@ -38,9 +43,11 @@ _ENDS = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 
 # A state may be skipped, because a report can reach the service late: it was away while the run went on.
 MOVES: Mapping[State, frozenset[State]] = {
-    State.QUEUED: _ENDS | {State.STARTING, State.RUNNING, State.CANCELLING},
-    State.STARTING: _ENDS | {State.RUNNING, State.CANCELLING},
-    State.RUNNING: _ENDS | {State.CANCELLING},
+    State.QUEUED: frozenset(State) - {State.QUEUED},
+    State.STARTING: _ENDS | {State.RUNNING, State.WAITING_TEACHER, State.RECOVERING, State.CANCELLING},
+    State.RUNNING: _ENDS | {State.WAITING_TEACHER, State.RECOVERING, State.CANCELLING},
+    State.WAITING_TEACHER: _ENDS | {State.RUNNING, State.RECOVERING, State.CANCELLING},
+    State.RECOVERING: _ENDS | {State.STARTING, State.RUNNING, State.WAITING_TEACHER, State.CANCELLING},
     State.CANCELLING: _ENDS,
     State.SUCCEEDED: frozenset(),
     State.FAILED: frozenset(),
@@ -65,7 +72,7 @@ class Run:
     id: str  # the config's `name`
     state: State
     config: Mapping[str, Any]
-    submission_id: str  # its job's name in the cluster, fixed when the row is made
+    submission_id: str  # its job's name in the cluster, fixed before the job is launched
     created_at: float
     started_at: float | None
     finished_at: float | None

@@ -151,7 +151,7 @@ class Store:
                 earlier = _earlier(db, key_id, idempotency_key, body_digest)
                 if earlier is not None:
                     return _run(_row(db, earlier)), True
-                db.execute(_RUNS.insert().values(run | {"submission_id": f"potstill-{run_id}-{secrets.token_hex(4)}"}))
+                db.execute(_RUNS.insert().values(run | {"submission_id": _submission_id(run_id)}))
                 _note(db, run_id, State.QUEUED, "the run is stored and waits for the cluster", None)
                 if idempotency_key is not None:
                     kept = {"key_id": key_id, "idempotency_key": idempotency_key, "body_digest": body_digest}
@@ -194,6 +194,18 @@ class Store:
         with self._writing() as db:
             _move(db, _row(db, run_id, lock=True), state, message, failure, time.time())
             return _run(_row(db, run_id))
+
+    def relaunch(self, run_id: str, message: str) -> None:
+        """Have a run that lost its process wait for another one: its next job has a name of its own.
+
+        Raises ServiceError: 404, or 409 illegal_transition for a run that is over or was asked to stop.
+        """
+        with self._writing() as db:
+            row = _row(db, run_id, lock=True)
+            if row.status != State.RECOVERING.value:
+                _move(db, row, State.RECOVERING, message, None, time.time())
+            renamed = {"submission_id": _submission_id(run_id)}
+            db.execute(_RUNS.update().where(_RUNS.c.id == run_id).values(renamed))
 
     # Events
 
@@ -302,11 +314,15 @@ def _earlier(db: sa.Connection, key_id: str, idempotency_key: str | None, body_d
     return str(row.run_id)
 
 
+def _submission_id(run_id: str) -> str:
+    return f"potstill-{run_id}-{secrets.token_hex(4)}"
+
+
 def _move(db: sa.Connection, row: Any, state: State, message: str, failure: Failure | None, when: float) -> None:
     check_move(row.id, State(row.status), state)
     error = asdict(failure) if failure is not None else None
     change: dict[str, Any] = {"status": state.value, "error": error}
-    if state is State.RUNNING:
+    if state is State.RUNNING and row.started_at is None:
         change["started_at"] = when
     if state.final:
         change["finished_at"] = when

@@ -2,10 +2,13 @@
 
     row \\ job      none                alive            ended
     queued         launch              → starting       → its result
+    recovering     launch, to resume   nothing          → its result
     starting/run.  → its result        nothing          → its result
     cancelling     → its result        stop             → its result
 
-"Its result" is what the run's folder says, else cancelled where that was asked, else failed.
+"Its result" is what the run's folder says, else cancelled where that was asked. A run that left none, because its
+process or the whole cluster was lost, recovers: it is launched again and goes on from its last checkpoint. It has
+failed when that has happened too often with no step done between.
 Safe to kill at any line: every step is decided anew from the database and the cluster. Must be alone with its database
 (service.py sees to it): a second one would replace the token of a run that the first has just launched.
 Refuses to call a run failed while the cluster does not answer.
@@ -22,8 +25,11 @@ from orchestrator.jobs import Job, Launcher
 from orchestrator.reporting import Report, logs_in, status_in
 from orchestrator.runs import Failure, Run, State, category_of_exit
 from orchestrator.store import Store
-from potstill.errors import ServiceError
-from potstill.journal import write_json
+from potstill.errors import RunError, ServiceError
+from potstill.journal import steps_in, write_json
+from potstill.refusals import refusals
+
+TRIES = 3  # launches in a row, with no step done between, after which a run that loses its process has failed
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +42,7 @@ class Supervisor:
         self._launcher = launcher
         self.runs = runs
         self._poll_s = poll_s
+        self._tries: dict[str, tuple[int, int]] = {}  # by run: its steps when it was lost last, and losses since then
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="potstill-supervisor", daemon=True)
@@ -85,7 +92,7 @@ class Supervisor:
             self._wake.clear()
 
     def _step(self, run: Run, job: Job | None) -> None:
-        if run.state is State.QUEUED and job is None:
+        if run.state in {State.QUEUED, State.RECOVERING} and job is None:
             self._launch(run)
         elif job is None or not job.alive:
             self._conclude(run, job)
@@ -97,13 +104,14 @@ class Supervisor:
     def _launch(self, run: Run) -> None:
         folder = self.runs / run.id
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            with refusals(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "submitted.json", run.config)
-        except OSError as error:
-            message = f"the run's folder cannot be written: {error.strerror}"
-            self._store.move(run.id, State.FAILED, message, _failure("OSError", None, message))
+        except RunError as error:
+            self._store.move(run.id, State.FAILED, str(error), _failure("RunError", None, str(error)))
             return
-        self._launcher.launch(run, folder / "submitted.json", self._store.mint_token(run.id))
+        token = self._store.mint_token(run.id)
+        self._launcher.launch(run, folder / "submitted.json", token, resume=_has_begun(folder))
         self._store.move(run.id, State.STARTING, "the job is submitted to the cluster")
 
     def _conclude(self, run: Run, job: Job | None) -> None:
@@ -117,7 +125,17 @@ class Supervisor:
         if run.state is State.CANCELLING:
             self._store.move(run.id, State.CANCELLED, "its process has ended, as was asked")
             return
-        self._store.move(run.id, State.FAILED, *self._lost(run, job))
+        message, failure = self._lost(run, job)
+        if _has_begun(folder) and self._may_recover(run.id, len(steps_in(folder))):
+            self._store.relaunch(run.id, f"{message}; it is resumed")
+        else:
+            self._store.move(run.id, State.FAILED, message, failure)
+
+    def _may_recover(self, run_id: str, steps: int) -> bool:
+        """Whether a run that has done so many steps may try again. A restarted service forgets earlier tries."""
+        before, tries = self._tries.get(run_id, (-1, 0))
+        self._tries[run_id] = (steps, 1 if steps > before else tries + 1)
+        return self._tries[run_id][1] <= TRIES
 
     def _take(self, run: Run, reports: Iterator[Report]) -> None:
         try:
@@ -137,6 +155,11 @@ class Supervisor:
         except ServiceError:  # the log is gone with its node; the run has ended all the same
             tail = None
         return message, _failure("WorkerLost", job.exit_code, message, tail)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is something to go on from."""
+    return (folder / "events.jsonl").exists()
 
 
 def _failure(kind: str, exit_code: int | None, message: str, log_tail: str | None = None) -> Failure:

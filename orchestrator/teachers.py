@@ -37,6 +37,11 @@ class Faculty:
     probed: Mapping[str, ProbeReport]
     processes: tuple[Child, ...]
 
+    @property
+    def alive(self) -> bool:
+        """Whether all that the run started are still there."""
+        return all(child.process.returncode is None for child in self.processes)
+
 
 @contextlib.asynccontextmanager
 async def teachers(config: RunConfig, folder: Path, environment: Mapping[str, str]) -> AsyncIterator[Faculty]:

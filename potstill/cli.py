@@ -42,14 +42,19 @@ def run(
     config: Config,
     overrides: Overrides = None,
     report_to: Annotated[str | None, typer.Option(help="URL of the service that follows this run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in its folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a config here, on RAY_ADDRESS or a local Ray; the result is in <runs>/<name>."""
     from orchestrator import foreground
     from potstill.config_file import load
 
-    report = foreground.run(load(config, overrides or []), report_to=report_to, quiet=as_json)
-    print_json(report) if as_json else None
+    resolved = load(config, overrides or [])
+    report = foreground.run(resolved, report_to=report_to, quiet=as_json, resume=resume)
+    if report is None:
+        typer.echo(f"potstill: {resolved.name} stopped with a checkpoint; go on with --resume", err=True)
+    elif as_json:
+        print_json(report)
 
 
 @app.command()
@@ -115,6 +120,25 @@ def quickstart(
 
     report = recipes.run(recipe, engine=engine, seed=seed, runs=runs, quiet=as_json)
     print_json(report) if as_json else typer.echo(recipes.summary(report, runs))
+
+
+@app.command()
+def timeline(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, <runs>/<name>.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; by default timeline.html in RUN.")] = None,
+    after: Annotated[float | None, typer.Option("--from", help="Seconds since the run began.", min=0)] = None,
+    until: Annotated[float | None, typer.Option("--to", help="Seconds since the run began.", min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw when each process of a run worked and for whom it waited: its last ten minutes, or from --from to --to."""
+    from orchestrator.timeline import read_bubbles, write_timeline
+
+    if as_json:
+        print_json(read_bubbles(run, after=after, until=until).as_dict())
+        return
+    page = out or run / "timeline.html"
+    report = write_timeline(run, page, after=after, until=until)
+    typer.echo("\n".join([report.verdict, *report.remarks, str(page)]))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """RunConfig: everything that decides a run, in one frozen tree. Every default that changes a number lives here.
 
-The [teacher] table is in config_teachers.py, the [objective] table in algebra/. It reads no file and no override:
-config_file.py does. Unknown keys are errors; a renamed key keeps no alias.
+The [teacher] table is in config_teachers.py, [alarms] in config_alarms.py, [objective] in algebra/. It reads no file
+and no override: config_file.py does. Unknown keys are errors; a renamed key keeps no alias.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from potstill.algebra.objective import Objective, lay_over
+from potstill.config_alarms import AlarmsConfig
+from potstill.config_resources import ResourcesConfig
 from potstill.config_teachers import TeacherConfig
+from potstill.config_weights import WeightsConfig
 from potstill.methods import PRESETS
 from potstill.nearest import hint
 from potstill.section import Section
@@ -103,13 +106,17 @@ class AdaptiveConfig(Section):
 class RolloutConfig(Section):
     """Who writes the completions, with which engine, and how many."""
 
-    source: Literal["student", "snapshot", "teacher", "reference", "handoff"] = "student"
+    source: Literal["student", "snapshot", "teacher", "reference", "handoff", "revision"] = "student"
     """student: on-policy; snapshot: a model that never changes writes in its place (SODA's rejected answers); teacher:
     the teacher writes (off-policy); reference: the data's own solutions, unchanged; handoff: the student begins and the
-    teacher ends (DASD)."""
+    teacher ends (DASD); revision: the student writes, the teacher replaces one token, where the two differ most, and
+    the student writes on from there (SCRG)."""
     handoff_after: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Of source = "handoff": the least share of the student's answer that stays; where it is cut is random from there
     on. Too small: the teacher writes nearly all; near 1: nothing is left to mend."""
+    revision_k: Positive = 32
+    """Of source = "revision": the student's most probable tokens, over which that difference is measured. Too small:
+    what the two disagree about lies in the rest; too large: a teacher is asked for numbers that move no token."""
     snapshot: str | None = None
     """Of source = "snapshot": its folder, with the student's tokenizer. None: the student as the run found it."""
     beside: Literal["none", "teacher", "reference"] = "none"
@@ -126,6 +133,15 @@ class RolloutConfig(Section):
     """transformers: starts at once, bit-exact, for small models; vllm: for everything else."""
     workers: Positive = 1
     """Rollout worker processes."""
+    min_workers: Positive = 1
+    """With how many of them a run begins; the others join when the cluster has room for them. More than fit: it waits
+    for ever."""
+    prompts_per_call: Positive | None = None
+    """Prompts that a worker is given at a time. None: its share of a step. Too few: small batches for the transformers
+    engine; too many: long answers hold short ones up."""
+    calls: Positive | None = None
+    """Such calls that a worker has at once: while one waits for scores another is written. None: 1 when synchronous,
+    else 2. Too many: what waits grows old."""
     threads: Positive = 1
     """CPU threads of each worker. More than the cores there are makes every process slower."""
     prompts_per_step: Positive
@@ -174,6 +190,10 @@ class LearnerConfig(Section):
     """Rows of logits that exist at a time. Too small: slow; too large: [rows × vocabulary] floats of memory."""
     threads: Positive = 1
     """CPU threads."""
+    ranks: Positive = 1
+    """Processes that make a step together: each holds a share of the student, of its gradients and of the optimizer,
+    and passes over a share of the text. A teacher of kind "local" is whole on each. Too few: the student does not fit,
+    or workers wait for the learner; too many: ranks wait for each other's weights, and for the longest text."""
 
 
 class LoopConfig(Section):
@@ -187,6 +207,27 @@ class LoopConfig(Section):
     """Share of a step's loss tokens that the teacher may have failed to score before the run stops."""
     max_train_tokens: Positive | None = None
     """Stop after the step in which this many loss tokens have been trained; for comparisons at equal tokens."""
+    order: Literal["prompt", "finish"] = "prompt"
+    """prompt: a step trains its own prompts, reproducibly, and waits for the longest answer; finish: it trains the
+    first that are finished, and short answers come earlier than long ones."""
+    oversample: Annotated[float, Field(ge=0)] = 0.0
+    """Of order = "finish": prompts written beyond what steps need, as a share of a step. Too few: workers idle behind
+    the longest answers; too many: what is written is too old before it is trained."""
+    stale: Literal["refuse", "mask"] = "refuse"
+    """A text older than max_staleness when its turn comes. refuse: it is ended and written anew; mask: its fresh tokens
+    are trained and its older ones only read, so that a long answer may go on over many versions."""
+    silence_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without a sign of life after which a process counts as lost. Too few: a busy process is killed; too many:
+    a frozen one holds the run up."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Losses of a process in a row, with no work done between them, after which the run fails. 0: at the first loss.
+    Too many: a run that cannot work tries for hours."""
+    teacher_wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a run waits for a teacher that is away, each time, before it fails. Too few: a restart of the
+    teacher ends the run; too many: processors are held for nothing."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port on loopback where Prometheus finds the run's numbers while it goes on. 0: any free one, which the event
+    metrics.served names. Taken by another run: this one does not begin."""
 
 
 class EvalConfig(Section):
@@ -206,10 +247,12 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What is written while the run goes on. The last step is always written."""
 
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0: only the last."""
-    keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept; older ones are removed after a newer one is complete."""
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps between checkpoints, and what a run that lost its learner must do again; 0: only the last. Too few: the
+    disk is busy all the time."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete and has been read back. One alone would
+    leave nothing to fall back on when its disk damages it; too large: the disk fills with copies of the model."""
 
 
 class ScratchConfig(Section):
@@ -259,6 +302,9 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    weights: WeightsConfig = WeightsConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
+    resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -113,7 +113,7 @@ class PlainDisplay(Display):
             self._last_line = now
 
     def _event(self, record: Mapping[str, Any]) -> None:
-        loud = record.get("level") in {"warning", "error"} or record.get("type") in NOTED
+        loud = record.get("level") in {"warn", "error"} or record.get("type") in NOTED
         data = record.get("data") or {}
         if record.get("type") == "eval.finished":
             text = f"held-out accuracy {METRICS['accuracy'].show(number(data, 'accuracy'))}, {data.get('stage')}"

@@ -7,10 +7,15 @@ PotstillError
   RunError              a run that had started cannot go on                                exit 1
     NonFinite           a loss, gradient or score is NaN or infinite                       exit 1
     WeightsError        weights arrived damaged, incomplete or of the wrong shape          exit 1
-      StaleWeights      weights older than those already loaded                            exit 1
+      StaleWeights      weights older than those already loaded, or no longer kept         exit 1
     AlignmentError      scores do not belong to the tokens that were asked for             exit 1
-    WorkerLost          a process of the run died                                          exit 1
+    WorkerLost          a process of the run died or fell silent                           exit 1
+      LearnerLost       the one that learns: the run goes back to its last checkpoint        exit 1
+    CapacityError       the cluster has had no room for the run's processes in time        exit 1
     SignalLost          too few tokens could be scored for the step to mean anything       exit 1
+    AlarmRaised         an alarm sounded that pauses or stops the run                      exit 1
+    Fenced              a newer attempt of the run is at work: this process must end       exit 1
+    ChunkLost           a chunk of scored rollouts is missing or damaged: write it again   exit 1
   TeacherError          the teacher's side of a request                                    exit 3
     TeacherRefused      it understood and said no (4xx): mend the request                  exit 3
       NoAnswer          it was asked to write and gave no text, which it may charge for    exit 3
@@ -60,7 +65,7 @@ class WeightsError(RunError):
 
 
 class StaleWeights(WeightsError):
-    """A weights version older than the one already loaded was offered; the worker keeps the newer one."""
+    """A weights version that is past: the worker holds a newer one, or its bytes are gone. Ask for the newest."""
 
 
 class AlignmentError(RunError):
@@ -68,11 +73,33 @@ class AlignmentError(RunError):
 
 
 class WorkerLost(RunError):
-    """A rollout worker, learner or teacher process of the run died."""
+    """A rollout worker, learner or teacher process of the run died, or gave no sign of life for too long."""
+
+
+class LearnerLost(WorkerLost):
+    """The learner is gone, and the steps since the last checkpoint with it."""
+
+
+class CapacityError(RunError):
+    """The cluster had no room for the run's processes in time. The message says what is missing."""
+
+    category = "capacity"
 
 
 class SignalLost(RunError):
     """Too few tokens of the step carry a teacher's score for its gradient to mean anything."""
+
+
+class AlarmRaised(RunError):
+    """The run's numbers are not those of a healthy run; the message says which, and what to do."""
+
+
+class Fenced(RunError):
+    """A newer attempt of the run has begun: what this process still wants to write is not wanted any more."""
+
+
+class ChunkLost(RunError):
+    """A file of the run's spool is missing or damaged; its prompts must be written and scored again."""
 
 
 class TeacherError(PotstillError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from potstill.algebra.judges import Discriminator
-from potstill.algebra.objective import Objective, Term, Tier
+from potstill.algebra.objective import ESTIMATES, Objective, Term, Tier
 from potstill.config import JsonlData, ReasoningGymData, RunConfig
 from potstill.config_teachers import (
     EndpointTeacher,
@@ -19,6 +19,7 @@ from potstill.config_teachers import (
     ServerTeacher,
     SeveralTeachers,
     TeacherConfig,
+    VllmTeacher,
 )
 from potstill.methods import PRESETS
 from potstill.privilege import PRIVILEGES, shown
@@ -29,12 +30,14 @@ from potstill.worked import SOLVERS
 def misfits(config: RunConfig) -> Iterator[str]:
     """Every reason why this run cannot be what its config says."""
     yield from _unfit_text(config)
+    yield from _unfit_revision(config)
     yield from _unfit_adaptive(config)
     yield from _unfit_reading(config)
     yield from _unfit_rewards(config)
     yield from _unfit_weights(config)
     yield from _unfit_privacy(config)
     yield from _unfit_served(config)
+    yield from _unfit_resources(config)
 
 
 def _unfit_text(config: RunConfig) -> Iterator[str]:
@@ -79,6 +82,25 @@ def _unfit_text(config: RunConfig) -> Iterator[str]:
         yield "rollout.sampling.temperature = 0 never explores: on-policy distillation samples, at 1.0"
 
 
+def _unfit_revision(config: RunConfig) -> Iterator[str]:
+    """Text with a token that nobody sampled, where one needs whoever says which, or reads how it was sampled."""
+    objective, teacher = config.objective, config.teacher
+    if config.rollout.source != "revision":
+        return
+    read = objective.reads_teacher and isinstance(teacher, ServerTeacher | VllmTeacher | SeveralTeachers)
+    if not read or any(member.tokenizer is not None for _, member in _members(teacher)):
+        yield (
+            'rollout.source = "revision" asks the teacher which token to replace: a method that reads its scores, and '
+            'kind = "server", "vllm" or "several" with the student\'s tokenizer'
+        )
+    for name, term in objective.terms.items():
+        if term.over != "others" and (term.needs_sampler or isinstance(term.loss, ESTIMATES)):
+            yield (
+                f'rollout.source = "revision" has tokens that nobody sampled, and method {config.method!r}, term '
+                f"{name!r}, counts on the student's own draws: take a divergence over a support, as dac_kl_scrg does"
+            )
+
+
 def _unfit_adaptive(config: RunConfig) -> Iterator[str]:
     """A schedule of whose text a step learns, where something else decides it or cannot bear it."""
     rollout, adaptive, data = config.rollout, config.rollout.adaptive, config.data
@@ -110,7 +132,7 @@ def _bears_any_text(term: Term, *, served: bool) -> bool:
 def _origins(config: RunConfig) -> set[str]:
     """Of the completions that the run will train on: see Term.over."""
     rollout = config.rollout
-    if rollout.source not in {"student", "snapshot"}:
+    if rollout.source not in {"student", "snapshot", "revision"}:
         return {"others"}
     own = {"student", "privileged"} if rollout.view == "privileged" else {"student"}
     return own if rollout.beside == "none" and rollout.adaptive is None else {*own, "others"}
@@ -165,6 +187,8 @@ def _unfit_rewards(config: RunConfig) -> Iterator[str]:
         yield 'loss.near = "own_prompt" is of text written under the teacher\'s prompt: rollout.view = "privileged"'
     if ranks and not objective.reads_verdict:
         yield f"teacher.ranks rewards completions, and method {config.method!r} reads no reward"
+    if isinstance(objective.judge, Discriminator) and config.learner.ranks > 1:
+        yield 'judge "discriminator" learns in one process: learner.ranks = 1'
     if config.rollout.samples_per_prompt >= 2:
         return
     if ranks:
@@ -216,6 +240,12 @@ def _unfit_served(config: RunConfig) -> Iterator[str]:
                 f"{place}.tokenizer names other tokens than the student's, and method {config.method!r} compares token "
                 "by token: use cross_tokenizer, alm or cross_tokenizer_hybrid"
             )
+
+
+def _unfit_resources(config: RunConfig) -> Iterator[str]:
+    """Room that is asked for and would stay empty."""
+    if config.resources.rollout.gpus and config.rollout.engine == "transformers":
+        yield 'rollout.engine = "transformers" writes on CPUs: engine = "vllm", or resources.rollout.gpus = 0'
 
 
 def _unfit_widths(objective: Objective) -> Iterator[str]:

@@ -7,6 +7,7 @@ marked as such.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from potstill.algebra.judges import Discriminator
 from potstill.algebra.objective import ESTIMATES, Tier
 from potstill.config import RunConfig
-from potstill.config_teachers import ServerTeacher
+from potstill.config_resources import worded
+from potstill.config_teachers import ServerTeacher, SeveralTeachers, TeacherConfig
 from potstill.errors import ConfigError, PlanError
 from potstill.methods import PRESETS
 from potstill.misfits import misfits
+from potstill.transports.route import route_of
 from potstill.wire import Capabilities
 
 CLAIMED = {
@@ -47,6 +50,9 @@ class Plan:
     engine_bytes: int
     tokens_per_step_at_most: int
     tokens_at_most: int
+    weights: str
+    layout: str
+    asks: tuple[str, ...]
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,6 +79,9 @@ def plan(config: RunConfig) -> Plan:
         engine_bytes=parameters * width,
         tokens_per_step_at_most=tokens,
         tokens_at_most=tokens * config.loop.steps,
+        weights=_weights(config),
+        layout=config.resources.layout,
+        asks=tuple(_asks(config)),
         notes=tuple(_notes(config)),
     )
 
@@ -116,6 +125,11 @@ def check_teacher(config: RunConfig, able: Capabilities) -> None:
             raise PlanError(
                 f"objective.support.{width} is {wanted}: {able.model} sends at most {able.max_top_k} a position"
             )
+    if rollout.source == "revision" and (offered < Tier.IDS or rollout.revision_k > able.max_top_k):
+        raise PlanError(
+            f'rollout.source = "revision" asks for log-probs of rollout.revision_k = {rollout.revision_k} ids of the '
+            f"student's choice: {able.model} offers {offered.name} and at most {able.max_top_k} a position"
+        )
     num_prompt, num_new = rollout.max_prompt_tokens, rollout.sampling.max_new_tokens
     if num_prompt + num_new > able.context_length:
         raise PlanError(
@@ -157,6 +171,31 @@ def nearest(name: str, found: Tier) -> list[str]:
     return sorted((other for other in able if other != name), key=unlike)[:3]
 
 
+def _weights(config: RunConfig) -> str:
+    """How new weights will travel; which hosts there are is known once the cluster is, and in the first event."""
+    near = route_of(config, same_host=True).transport
+    if config.weights.transport != "auto":
+        return near
+    far = route_of(config, same_host=False).transport
+    return near if near == far else f"{near} on one host, {far} between hosts"
+
+
+def _asks(config: RunConfig) -> Iterator[str]:
+    """What the processes of the run want of a cluster."""
+    resources, ranks, workers = config.resources, config.learner.ranks, config.rollout.workers
+    learner, worker = resources.learner.needs, resources.rollout.needs
+    together = f", together or not at all ({resources.strategy})" if learner else ""
+    yield f"learner: {_times(ranks, 'rank')} with {worded(learner)}{together}"
+    beside = f", {min(ranks, workers)} in the bundle of a rank" if resources.layout == "colocated" else ""
+    fewest = min(config.rollout.min_workers, workers)
+    begins = f", {fewest} to begin with" if fewest < workers else ""
+    yield f"rollout: {_times(workers, 'worker')} with {worded(worker)}{beside}{begins}"
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s each" * (count > 1)
+
+
 def _notes(config: RunConfig) -> list[str]:
     notes = []
     sampling = config.rollout.sampling
@@ -166,11 +205,19 @@ def _notes(config: RunConfig) -> list[str]:
         notes.append("sampled-token gradients are noisy: use a smaller learning rate than for a top-k method")
     if config.eval.items == 0:
         notes.append("eval.items = 0: no held-out accuracy will be measured")
+    resources = config.resources
+    if (resources.learner.gpus or resources.rollout.gpus) and _starts_server(config.teacher):
+        notes.append("Ray knows nothing of the teacher that this run starts: it uses the first GPU, whoever holds that")
     resolved = config.model_dump()
     for key, wanted in PRESETS[config.method].settings.items():
         if (found := _at(resolved, key)) != wanted:
             notes.append(f"the paper of {config.method!r} has {key} = {wanted!r}, this run {found!r}")
     return notes
+
+
+def _starts_server(teacher: TeacherConfig) -> bool:
+    tables = [one.teacher for one in teacher.members.values()] if isinstance(teacher, SeveralTeachers) else [teacher]
+    return any(isinstance(table, ServerTeacher) and table.model is not None for table in tables)
 
 
 def _at(table: Any, key: str) -> Any:

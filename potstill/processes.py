@@ -45,8 +45,13 @@ class Child:
         try:
             await asyncio.wait_for(self.process.wait(), grace_s)
         except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
+            await self.kill()
+
+    async def kill(self) -> None:
+        """At once, also when it is frozen. Returns when the process is gone."""
+        self.stopping = True
+        self.process.kill()
+        await self.process.wait()
 
 
 async def start(

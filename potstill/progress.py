@@ -66,7 +66,7 @@ class Progress:
         self.named = bool(phases)
         self.phases = [Phase(name=name, total_steps=total) for name, total in phases.items()]
         if not self.named:
-            self.phases.append(Phase(name="starting", total_steps=total_steps))
+            self.phases.append(Phase(name="training", total_steps=total_steps))
         self.active: Phase | None = None
         self.notice = ""
 
@@ -113,7 +113,7 @@ class Progress:
                 self._current(now).held_out.append(accuracy)
         elif kind == "run.failed":
             self.end(State.FAILED, now)
-        if record.get("level") in {"warning", "error"} or kind in NOTED:
+        if record.get("level") in {"warn", "error"} or kind in NOTED:
             self.notice = printable(record.get("message"))
 
     def _phase_started(self, name: str, total_steps: float | None, now: float) -> None:

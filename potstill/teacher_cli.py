@@ -18,7 +18,7 @@ from potstill.errors import ConfigError, TeacherError
 
 teacher = typer.Typer(help="Serve a teacher, or find out what one can do.", no_args_is_help=True)
 
-Url = Annotated[str | None, typer.Argument(help="Base URL of the teacher, without /v1.", show_default=False)]
+Place = Annotated[str, typer.Argument(help="Base URL of a teacher, without /v1, or a run config with its teachers.")]
 Kind = Literal["server", "vllm", "completions", "openai"]
 
 
@@ -37,8 +37,7 @@ def serve(ctx: typer.Context, model: Annotated[str, typer.Argument(help="A model
 
 @teacher.command("probe")
 def probe(
-    url: Url = None,
-    config: Annotated[Path | None, typer.Option(help="Probe the teachers of this run config instead.")] = None,
+    place: Place,
     kind: Annotated[Kind | None, typer.Option(help="Recognised by its routes if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="As the endpoint calls it; not of a server.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the teacher's tokenizer.")] = None,
@@ -56,8 +55,6 @@ def probe(
     from potstill.config_file import load
     from potstill.probing import asking
 
-    if url is not None and config is not None:
-        raise ConfigError("a run names its own teachers: give a URL or --config, not both")
     say = functools.partial(typer.echo, err=True)
     wanted = asking.Wanted(
         kind=kind,
@@ -67,12 +64,12 @@ def probe(
         context_length=context_length,
         key_env=key_env,
     )
-    if config is not None:
-        found = asyncio.run(asking.of_run(load(config, []), say=say))
-    elif url is not None:
-        found = asyncio.run(asking.of_url(url, wanted, say=say))
+    if "://" in place:
+        found = asyncio.run(asking.of_url(place, wanted, say=say))
+    elif wanted == asking.Wanted():
+        found = asyncio.run(asking.of_run(load(Path(place), []), say=say))
     else:
-        raise ConfigError("name a teacher's URL, or a run with --config")
+        raise ConfigError(f"{place} names its own teachers: options that say what one is go with a URL")
     if as_json:
         typer.echo(json.dumps(asking.as_json(found), indent=2))
     else:

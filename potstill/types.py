@@ -10,9 +10,11 @@ A missing number is NaN; nothing here has a default that could pass for a measur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +32,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # the student wrote its end token; it is the last id of the completion
     LENGTH = "length"  # max_new_tokens was reached; no end token was seen
+    ABORTED = "aborted"  # new weights came; what was written may be asked for again as the start of a prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,8 @@ class Rollout:
         completion_ids   [50, 49, 2]
         loss_mask        [True, True, True]       False: written by an environment or a template, never trained on
         student_logprobs [-0.1, -0.7, -0.02]      under the distribution really sampled from; NaN if not sampled by it
-        weight_versions  [4, 4, 4]                the student that wrote each token; -1: not written by the student
+        weight_versions  [4, 4, 4]                the student that wrote each token; -1: not written by the student.
+                                                  A teacher's token in its text has that of the token it replaced
         support_ids      [[50, 53], ...]          T×K, the student's own top-k at each position, sorted by probability
     """
 
@@ -171,17 +175,25 @@ class ScoredRollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
-    """What the loop sees of a scored rollout: a slip of a few hundred bytes. The arrays stay in the object store.
+class Bundle:
+    """Where a list[ScoredRollout] lies: in the object store, in a file of the run's spool, or in both."""
 
-    `bundle` is a reference to a list[ScoredRollout]; this one is at `position` in it.
+    ref: Any | None  # ray.ObjectRef; None: it is on disk alone
+    path: str | None  # potstill/spool.py reads it; None: it is in memory alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What the loop sees of a scored rollout: a slip of a few hundred bytes. The arrays stay where `bundle` says.
+
+    `bundle` is a list[ScoredRollout]; this one is at `position` in it.
     """
 
     rollout_id: str
     prompt_id: str
     index: int
     domain: str
-    oldest_version: int
+    oldest_version: int  # of its tokens that the student's moving weights wrote; -1: there is none
     num_prompt_tokens: int
     num_completion_tokens: int
     num_loss_tokens: int
@@ -190,8 +202,18 @@ class Receipt:
     reward: float
     generate_s: float  # this rollout's share of the time that its worker's call spent writing
     score_s: float  # and waiting for the teacher
-    bundle: Any  # ray.ObjectRef in a run; tests use the list itself
+    repetition: float = math.nan  # how far zlib shrinks the end of its text; NaN: nobody looked
+    bundle: Any  # a Bundle in a run; tests use the list itself
     position: int
+    by_version: tuple[tuple[int, int, int], ...] = ()  # version, loss tokens, unscored ones; (): all of one version
+
+    def fresh_tokens(self, oldest: int) -> tuple[int, int]:
+        """Loss tokens, and unscored ones among them, that version `oldest` or a later one wrote, or nobody's."""
+        if not self.by_version:
+            stale = 0 <= self.oldest_version < oldest
+            return (0, 0) if stale else (self.num_loss_tokens, self.num_unscored_tokens)
+        fresh = [counts for version, *counts in self.by_version if version < 0 or version >= oldest]
+        return sum(tokens for tokens, _ in fresh), sum(missing for _, missing in fresh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +227,26 @@ class StepBatch:
     receipts: tuple[Receipt, ...]
     num_loss_tokens: int
     num_sequences: int
+    oldest_version: int = 0  # tokens that an older version wrote are read and not trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathering:
+    """What the learner's rank 0 decides for all ranks: the checkpoint to go on from, and where they meet."""
+
+    checkpoint: Path | None
+    damaged: tuple[str, ...]  # what was wrong with each newer checkpoint
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartingPoint:
+    """Where an attempt of a run begins: at a checkpoint's step, or at version 0. Made by the learner, who reads it."""
+
+    published: WeightsVersion | None  # of a rank that has no part in it: None
+    extra: Mapping[str, Any]  # what the checkpoint keeps of others than the learner; empty without one
+    damaged: tuple[str, ...]  # what was wrong with each newer checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +274,9 @@ class WeightsVersion:
     """Hop 6, made by learner/publish.py. Version 0 is the student as the run found it; step n makes version n."""
 
     version: int
-    sha256: str  # of the whole payload
+    digest: str  # xxh3 of all below but the payload
+    checksums: tuple[int, ...]  # xxh3 of each bucket of the payload
     tensors: Sequence[TensorEntry]
-    payload: Any  # reference to one flat uint8 array in the object store
+    payload: Any  # a transports.Payload; None: the bytes are handed over beside it
+    adapter_scale: float | None = None  # the tensors are low-rank updates, added times this; None: they are all weights
+    rounded: bool = False  # float32 weights that travel as bfloat16

@@ -1,21 +1,26 @@
 """A version of the student's weights as one flat buffer, with a table that says where each tensor lies.
 
-numpy only. It moves no bytes between processes and knows no model: the learner packs, a rollout worker unpacks,
-and what travels between them is a WeightsVersion and one uint8 array. Nothing is unpacked that fails its checksum.
+numpy and xxhash only. It moves no bytes between processes and knows no model: the learner packs, a rollout worker
+unpacks, and what travels between them is a WeightsVersion and one uint8 array. Nothing is unpacked that fails its
+checksums. They find damage and mistakes, not malice: xxh3 keeps up with memory, a cryptographic hash does not.
 
     payload   [ tensor | gap | tensor | gap | tensor ]    each tensor starts at a multiple of ALIGNMENT bytes
+    buckets   [     0      |     1      |    2    ]       BUCKET_BYTES each, the last one shorter; a checksum of each
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -23,8 +28,12 @@ from potstill.errors import StaleWeights, WeightsError
 from potstill.types import TensorEntry, WeightsVersion
 
 ALIGNMENT = 64  # bytes; a view of any dtype is aligned, and vector loads do not straddle cache lines
+BUCKET_BYTES = 8 << 20  # what one checksum covers
+CACHED_BYTES = 2 << 20  # hashed and then copied at a time; measured: 1 to 8 MiB are alike, less is slower
+THREADS = min(4, os.cpu_count() or 1)  # that hash and copy, for as long as it takes
 
 Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
 
 # numpy has no bfloat16: its bits travel as uint16, and no weight is ever a true uint16.
 _NUMPY_OF: dict[str, np.dtype[Any]] = {
@@ -36,10 +45,22 @@ _SAFETENSORS_NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAME_OF = {dtype: name for name, dtype in _NUMPY_OF.items()}
 
 
-def pack(tensors: Mapping[str, Array], version: int) -> tuple[WeightsVersion, NDArray[np.uint8]]:
-    """Copy `tensors` into one flat buffer. bfloat16 tensors are given as uint16 arrays of their bits.
+def fresh(nbytes: int) -> Bytes:
+    """A new buffer for a payload."""
+    return np.empty(nbytes, dtype=np.uint8)
 
-    Returns the version with its table and checksum but without a payload, and the payload [num_bytes].
+
+def pack(
+    tensors: Mapping[str, Array],
+    version: int,
+    *,
+    room: Callable[[int], Bytes] = fresh,
+    adapter_scale: float | None = None,
+    rounded: bool = False,
+) -> tuple[WeightsVersion, Bytes]:
+    """Copy `tensors` into the buffer that `room` gives for so many bytes. bfloat16 tensors are uint16 arrays of bits.
+
+    Returns the version with its table and checksums but without a payload, and the payload [num_bytes].
     Raises WeightsError for a tensor of another dtype, and when there is none.
     """
     if not tensors:
@@ -56,18 +77,24 @@ def pack(tensors: Mapping[str, Array], version: int) -> tuple[WeightsVersion, ND
                 name=name, dtype=_NAME_OF[tensor.dtype], shape=tensor.shape, offset=offset, nbytes=tensor.nbytes
             )
         )
-    payload = np.zeros(end, dtype=np.uint8)
-    for entry, tensor in zip(entries, tensors.values(), strict=True):
-        np.copyto(_view(payload, entry), tensor)
-    digest = _digest(version, entries, payload)
-    return WeightsVersion(version=version, sha256=digest, tensors=tuple(entries), payload=None), payload
+    payload = room(end)
+    described = WeightsVersion(
+        version=version,
+        digest="",
+        checksums=tuple(_fill(payload, zip(entries, tensors.values(), strict=True))),
+        tensors=tuple(entries),
+        payload=None,
+        adapter_scale=adapter_scale,
+        rounded=rounded,
+    )
+    return replace(described, digest=_digest(described)), payload
 
 
-def unpack(version: WeightsVersion, payload: NDArray[np.uint8]) -> dict[str, Array]:
+def unpack(version: WeightsVersion, payload: Bytes) -> dict[str, Array]:
     """Views into `payload`, by name; nothing is copied. bfloat16 tensors are uint16 views of their bits.
 
     Raises WeightsError naming what differs: an entry that contradicts itself, leaves the payload or overlaps another,
-    the payload's size, or the checksum.
+    the payload's size, or a checksum.
     """
     _check_table(version.tensors)
     if payload.dtype != np.uint8 or payload.ndim != 1 or not payload.flags.c_contiguous:
@@ -75,16 +102,27 @@ def unpack(version: WeightsVersion, payload: NDArray[np.uint8]) -> dict[str, Arr
     end = max(entry.offset + entry.nbytes for entry in version.tensors)
     if payload.size != end:
         raise WeightsError(f"weights version {version.version}: payload has {payload.size} bytes, its table says {end}")
-    digest = _digest(version.version, version.tensors, payload)
-    if digest != version.sha256:
+    if _digest(version) != version.digest:
+        raise WeightsError(f"weights version {version.version}: its table is not the one that its checksum is of")
+    found = tuple(xxhash.xxh3_64_intdigest(payload[part].data) for part in buckets(payload.size))
+    if found != version.checksums:
+        damaged = [
+            number for number, pair in enumerate(zip(found, version.checksums, strict=False)) if len(set(pair)) > 1
+        ]
         raise WeightsError(
-            f"weights version {version.version}: sha256 is {digest[:12]}…, should be {version.sha256[:12]}…: "
-            "fetch the payload again"
+            f"weights version {version.version}: the checksum of {len(damaged)} of {len(found)} buckets differs, "
+            f"first of bucket {damaged[0] if damaged else len(found)}: fetch the payload again"
         )
     return {entry.name: _view(payload, entry) for entry in version.tensors}
 
 
-def as_safetensors(version: WeightsVersion, payload: NDArray[np.uint8]) -> bytes:
+def buckets(nbytes: int) -> Iterator[slice]:
+    """The ranges of a payload that have a checksum each."""
+    for start in range(0, nbytes, BUCKET_BYTES):
+        yield slice(start, min(start + BUCKET_BYTES, nbytes))
+
+
+def as_safetensors(version: WeightsVersion, payload: Bytes) -> bytes:
     """The version as a safetensors file, its number in the metadata; for those who know no payload of ours.
 
     Written out here because the library takes numpy's dtypes, and numpy has no bfloat16. Raises WeightsError.
@@ -111,17 +149,18 @@ def check_newer(current: int, offered: int) -> None:
 
 
 def check_fits(version: WeightsVersion, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-    """Raise WeightsError unless the version holds exactly the tensors of `shapes`, all of `dtype`."""
+    """Raise WeightsError unless the version holds exactly the tensors of `shapes`, in `dtype` or rounded from it."""
+    sent = "bfloat16" if version.rounded else dtype
     offered = {entry.name: entry for entry in version.tensors}
     for problem, names in (("missing", shapes.keys() - offered.keys()), ("unknown", offered.keys() - shapes.keys())):
         if names:
             raise WeightsError(f"weights version {version.version}: {problem} tensors: {', '.join(sorted(names))}")
     for name, shape in shapes.items():
         entry = offered[name]
-        if tuple(entry.shape) != tuple(shape) or entry.dtype != dtype:
+        if tuple(entry.shape) != tuple(shape) or entry.dtype != sent:
             raise WeightsError(
                 f"weights version {version.version}: {name} is {entry.dtype} {list(entry.shape)}, "
-                f"the student's is {dtype} {list(shape)}"
+                f"the student's is {sent} {list(shape)}"
             )
 
 
@@ -159,14 +198,57 @@ def _check_table(entries: Sequence[TensorEntry]) -> None:
         end, before = entry.offset + entry.nbytes, entry.name
 
 
-def _view(payload: NDArray[np.uint8], entry: TensorEntry) -> Array:
+def _view(payload: Bytes, entry: TensorEntry) -> Array:
     raw = payload[entry.offset : entry.offset + entry.nbytes]
     return raw.view(_NUMPY_OF[entry.dtype]).reshape(entry.shape)
 
 
-def _digest(version: int, entries: Sequence[TensorEntry], payload: NDArray[np.uint8]) -> str:
-    """sha256 of the version, the table and the payload: a swapped name is damage as much as a flipped bit."""
-    table = [[entry.name, entry.dtype, list(entry.shape), entry.offset, entry.nbytes] for entry in entries]
-    digest = hashlib.sha256(json.dumps([version, table], separators=(",", ":")).encode())
-    digest.update(payload.data)
-    return digest.hexdigest()
+def _fill(payload: Bytes, sources: Iterable[tuple[TensorEntry, Array]]) -> Iterator[int]:
+    """Write every tensor to its place and zeros between them. Yields the checksum of each bucket.
+
+    One bucket a thread: one core alone does not fill a machine's memory bandwidth, and hashes and copies free the GIL.
+    """
+    contents: list[list[Bytes]] = [[] for _ in buckets(payload.size)]
+    end = 0
+    for piece in _pieces(sources):
+        contents[end // BUCKET_BYTES].append(piece)
+        end += piece.size
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(_write, (payload[part] for part in buckets(payload.size)), contents)
+
+
+def _pieces(sources: Iterable[tuple[TensorEntry, Array]]) -> Iterator[Bytes]:
+    """The payload from its first byte to its last, cut where a bucket ends.
+
+    No bucket ends within a gap: ALIGNMENT divides BUCKET_BYTES.
+    """
+    end = 0
+    for entry, tensor in sources:
+        if entry.offset > end:
+            yield np.zeros(entry.offset - end, np.uint8)
+        end = entry.offset + entry.nbytes
+        raw = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        start = 0
+        while start < raw.size:
+            stop = start + BUCKET_BYTES - (entry.offset + start) % BUCKET_BYTES
+            yield raw[start:stop]
+            start = stop
+
+
+def _write(bucket: Bytes, pieces: Sequence[Bytes]) -> int:
+    """Fill a bucket. Each piece is hashed where it comes from and then copied out of the cache, which saves a trip."""
+    hasher, end = xxhash.xxh3_64(), 0
+    for piece in pieces:
+        for start in range(0, piece.size, CACHED_BYTES):
+            part = piece[start : start + CACHED_BYTES]
+            hasher.update(part.data)
+            bucket[end : end + part.size] = part
+            end += part.size
+    return hasher.intdigest()
+
+
+def _digest(version: WeightsVersion) -> str:
+    """Of the version's number, table and checksums: a swapped name is damage as much as a flipped bit."""
+    table = [[entry.name, entry.dtype, list(entry.shape), entry.offset, entry.nbytes] for entry in version.tensors]
+    said = [version.version, table, list(version.checksums), version.adapter_scale, version.rounded]
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, separators=(",", ":")).encode())

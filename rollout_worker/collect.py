@@ -7,6 +7,7 @@ judge and teacher are handed in.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,27 @@ from potstill.byte_alignment import ByteVocabulary
 from potstill.config import RunConfig, SamplingConfig
 from potstill.errors import ConfigError
 from potstill.types import FinishReason, FloatArray, IntArray, Prompt, Rollout, ScoredRollout
-from rollout_worker.judges import Judge
+from rollout_worker.judges import Judges
 from rollout_worker.privacy import privacy
 from rollout_worker.scoring import Scoring
 from rollout_worker.sources import Engine, Source, Text, fraction
 from rollout_worker.views import Views
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """Rollouts that nobody has scored, with the prompts as their teachers read them."""
+
+    rollouts: tuple[Rollout, ...]
+    prompts: tuple[Prompt, ...]
+    generate_s: float
+
+    @property
+    def oldest_version(self) -> int:
+        """Of all tokens that the student's moving weights wrote; the largest there is where they wrote none."""
+        moving = [rollout.weight_versions for rollout in self.rollouts if not rollout.snapshot]
+        versions = [some[some >= 0] for some in moving]
+        return min((int(found.min()) for found in versions if len(found)), default=sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +68,7 @@ class Advisor(Protocol):
 class Collector:
     """One rollout worker's work.
 
-    sources    by their names in [rollout]: "student", "snapshot", "teacher", "reference", "handoff"
-    judge      of what is trained on; `verifier` is of held-out prompts, and knows the truth
+    sources    by their names in [rollout]: "student", "snapshot", "teacher", "reference", "handoff", "revision"
     vocabulary what the student's ids write, where the objective reads how private tokens are
     """
 
@@ -62,8 +78,7 @@ class Collector:
         *,
         views: Views,
         sources: Mapping[str, Source],
-        judge: Judge,
-        verifier: Judge,
+        judges: Judges,
         advisor: Advisor | None,
         scoring: Scoring | None,
         vocabulary: ByteVocabulary | None,
@@ -71,14 +86,17 @@ class Collector:
         self._config = config
         self._views = views
         self._sources = sources
-        self._judge = judge
-        self._verifier = verifier
+        self._judges = judges
         self._advisor = advisor
         self._scoring = scoring
         self._vocabulary = vocabulary
 
     async def collect(self, prompts: Sequence[Prompt]) -> Collected:
-        """All completions of the prompts, judged and scored. Raises TeacherError and what engines raise."""
+        """All completions of the prompts, judged and scored."""
+        return await self.score(await self.write(prompts))
+
+    async def write(self, prompts: Sequence[Prompt]) -> Written:
+        """All completions of the prompts, judged. Raises what engines and black boxes raise."""
         started = time.perf_counter()
         if self._advisor is not None:
             prompts = await self._advisor.advised(prompts)
@@ -88,13 +106,17 @@ class Collector:
             written = await self._sources[source].write(some)
             by += [source] * len(written)
             texts += written
-        rewards = await self._judge.rewards(texts)
+        rewards = await self._judges.training.rewards(texts)
         rollouts: list[Rollout] = []
         for text, source, reward in zip(texts, by, rewards, strict=True):
             rollouts += self._rollouts(text, source, reward)
-        judged = time.perf_counter()
-        scored = await self._scored(rollouts, prompts)
-        return Collected(scored=tuple(scored), generate_s=judged - started, score_s=time.perf_counter() - judged)
+        return Written(rollouts=tuple(rollouts), prompts=tuple(prompts), generate_s=time.perf_counter() - started)
+
+    async def score(self, written: Written) -> Collected:
+        """With the teacher's scores. Raises TeacherError; what is written can be scored again."""
+        started = time.perf_counter()
+        scored = await self._scored(written.rollouts, written.prompts)
+        return Collected(scored=tuple(scored), generate_s=written.generate_s, score_s=time.perf_counter() - started)
 
     async def evaluate(self, prompts: Sequence[Prompt], who: Literal["student", "teacher"]) -> Verdicts:
         """One answer to each held-out prompt, judged; a teacher reads its own, privileged prompt, with its advice."""
@@ -111,7 +133,7 @@ class Collector:
             prompts = await self._advisor.advised(prompts)
         texts = await asked.write(prompts)
         return Verdicts(
-            rewards=tuple(await self._verifier.rewards(texts)),
+            rewards=tuple(await self._judges.held_out.rewards(texts)),
             num_tokens=sum(len(text.completion.token_ids) for text in texts),
             num_truncated=sum(text.completion.finish_reason is FinishReason.LENGTH for text in texts),
         )

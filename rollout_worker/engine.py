@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from potstill.config import SamplingConfig
+from potstill.config_weights import InFlight
 from potstill.errors import ConfigError
 from potstill.tokenization import check_model_folder
 from potstill.types import FinishReason, FloatArray, IntArray, WeightsVersion
+from potstill.weights import Bytes
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin slow every other process on shared cores
@@ -87,10 +86,16 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> None:
-        """Swap to a later version, whole or not at all.
+    async def load_weights(self, version: WeightsVersion, payload: Bytes, in_flight: InFlight = "keep") -> float:
+        """Swap to a later version, whole or not at all. Returns the seconds for which nothing could be written.
 
-        Raises StaleWeights for a version not later than the one loaded, WeightsError for damaged or foreign tensors.
+        payload    may stay in use until the version after it is loaded
+        in_flight  what becomes of completions that are being written, see WeightsConfig. "abort" ends those that have
+                   a token; the others begin under the new weights.
+        Checking and packing go on beside the writing. What is kept is read again from its first token, so that no
+        token depends on keys and values of two versions.
+        Raises StaleWeights for a version not later than the one loaded, WeightsError for damaged or foreign tensors,
+        WorkerLost when the swap itself fails: an engine with half of a version ends and serves nobody.
         """
         ...
 

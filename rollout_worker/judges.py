@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from potstill import rankings
@@ -22,6 +23,12 @@ _MIDDLE = 0.5
 class Judge(Protocol):
     async def rewards(self, texts: Sequence[Text]) -> list[float]:
         """One reward a text, in [0, 1]; NaN where nothing can judge it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judges:
+    training: Judge
+    held_out: Judge  # knows the truth
 
 
 class Ranker(Protocol):

@@ -36,10 +36,15 @@ class ModelDecoder:
             model, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
         ).eval()
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the model's dtype; what has it already is not copied, and stays where it came from while it is in use."""
         own = self._model.state_dict()
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        return {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+
+    def swap(self, prepared: dict[str, Tensor]) -> None:
+        own = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        for name, tensor in prepared.items():
+            own[name].data = tensor
 
     def row_bytes(self, num_positions: int) -> int:
         text = self._config.get_text_config()

@@ -25,6 +25,7 @@ from potstill.config_teachers import (
     ServerTeacher,
     TeacherConfig,
 )
+from potstill.config_weights import InFlight
 from potstill.environments import open_environment
 from potstill.errors import TokenizerMismatch
 from potstill.teachers.black_box import BlackBox
@@ -37,7 +38,8 @@ from rollout_worker.black_boxes import Advised, Answers, AskedOrder, LikenessOrd
 from rollout_worker.collect import Advisor, Collector
 from rollout_worker.engine import RolloutEngine, build_engine
 from rollout_worker.following import Follower
-from rollout_worker.judges import Judge, Ranked, Verifier
+from rollout_worker.judges import Judge, Judges, Ranked, Verifier
+from rollout_worker.revision import Revised
 from rollout_worker.scoring import Scoring, support_k
 from rollout_worker.sources import Engine, HandOff, Source, Standing
 from rollout_worker.views import Views
@@ -52,6 +54,7 @@ class Opened:
 
     collector: Collector
     student: RolloutEngine
+    in_flight: InFlight  # what becomes of what is being written when new weights come
     tokenizer: PreTrainedTokenizerBase
     follower: Follower | None
     black_boxes: Mapping[str, BlackBox]
@@ -59,7 +62,7 @@ class Opened:
 
     async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> int:
         """The student's new weights, and those of a teacher that follows it. Returns the version that is loaded."""
-        await self.student.load_weights(version, payload)
+        await self.student.load_weights(version, payload, in_flight=self.in_flight)
         if self.follower is not None:
             await self.follower.follow(version, payload)
         return self.student.version
@@ -83,6 +86,7 @@ async def open_worker(
         return Opened(
             collector=opener.collector(scoring),
             student=opener.student(),
+            in_flight=config.weights.in_flight,
             follower=opener.follower(scoring),
             tokenizer=opener.tokenizer,
             black_boxes=opener.black_boxes,
@@ -112,15 +116,14 @@ class _Opener:
         return Collector(
             self._config,
             views=self._views,
-            sources={name: self._source(name) for name in sorted(names)},
-            judge=self._judge(),
-            verifier=self._verifier,
+            sources={name: self._source(name, scoring) for name in sorted(names)},
+            judges=Judges(training=self._judge(), held_out=self._verifier),
             advisor=self._advisor(),
             scoring=scoring,
             vocabulary=byte_vocabulary(self.tokenizer) if self._config.objective.reads_privacy else None,
         )
 
-    def _source(self, name: str) -> Source:
+    def _source(self, name: str, scoring: Scoring | None) -> Source:
         rollout, seed = self._config.rollout, self._config.seed
         if name == "reference":
             return Standing(self.tokenizer)
@@ -137,6 +140,10 @@ class _Opener:
         )
         if name == "student":
             return own
+        end = self.tokenizer.eos_token_id
+        if name == "revision":
+            assert scoring is not None, "checked by the plan"
+            return Revised(student=own, teacher=scoring, views=self._views, width=rollout.revision_k, end=end)
         if name == "snapshot":
             folder = rollout.snapshot or self._config.student.model
             return replace(own, engine=self._engine(folder, moves=False), view=self._views.own)
@@ -145,7 +152,7 @@ class _Opener:
         if name == "teacher":
             return writer
         begins = replace(own, is_student=False, support_k=0)
-        return HandOff(student=begins, teacher=writer, after=rollout.handoff_after, end=self.tokenizer.eos_token_id)
+        return HandOff(student=begins, teacher=writer, after=rollout.handoff_after, end=end)
 
     def _engine(self, model: str, *, moves: bool) -> RolloutEngine:
         """The engine of a model folder; one that gets new weights is nobody else's."""

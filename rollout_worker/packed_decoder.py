@@ -70,8 +70,16 @@ class _Layer:
     down: Linear
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    embedding: Tensor
+    layers: list[_Layer]
+    norm: Tensor
+    head: Linear
+
+
 class PackedDecoder:
-    """One set of weights. `load` replaces all of them; caches made before are then worthless."""
+    """One set of weights. `swap` replaces all of them; caches made before are then worthless."""
 
     def __init__(self, config: PretrainedConfig, *, max_model_len: int) -> None:
         self._config = config
@@ -80,16 +88,19 @@ class PackedDecoder:
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._cosine, self._sine = _rotations(config, max_model_len, self._head_dim)
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def prepare(self, tensors: dict[str, Tensor]) -> _Weights:
         """Pack the tensors of a checkpoint, named as in its files. Raises WeightsError for missing or unknown ones."""
-        left = dict(tensors)
+        left = {name: tensor.float() for name, tensor in tensors.items()}
         embedding = _take(left, "model.embed_tokens.weight").clone()
         layers = [self._layer(left, index) for index in range(self._config.num_hidden_layers)]
         norm = _take(left, "model.norm.weight").clone()
         head = _pack(embedding if self._config.tie_word_embeddings else _take(left, "lm_head.weight"))
         if left:
             raise WeightsError(f"tensors that a {self._config.model_type} does not have: {', '.join(sorted(left))}")
-        self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
+        return _Weights(embedding, layers, norm, head)
+
+    def swap(self, prepared: _Weights) -> None:
+        self._weights = prepared
 
     def row_bytes(self, num_positions: int) -> int:
         """Memory of one row's keys and values."""
@@ -142,8 +153,8 @@ class PackedDecoder:
         cosine, sine = self._cosine[positions_BQ.flatten()], self._sine[positions_BQ.flatten()]
         heads, dim, eps = self._num_heads + self._num_kv_heads, self._head_dim, self._config.rms_norm_eps
         attend = self._attend_prompt if start == 0 else self._attend_one
-        hidden = F.embedding(ids_BQ.flatten(), self._embedding)
-        for layer, (keys, values) in zip(self._layers, buffers, strict=True):
+        hidden = F.embedding(ids_BQ.flatten(), self._weights.embedding)
+        for layer, (keys, values) in zip(self._weights.layers, buffers, strict=True):
             fused = layer.query_key_value(_norm(hidden, layer.attention_norm, eps))
             fused = fused.view(num_rows * width, heads + self._num_kv_heads, dim)
             query_key = fused[:, :heads]
@@ -184,7 +195,7 @@ class PackedDecoder:
         return attended.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def _logits(self, hidden_BE: Tensor) -> Tensor:
-        return self._head(_norm(hidden_BE, self._norm, self._config.rms_norm_eps))
+        return self._weights.head(_norm(hidden_BE, self._weights.norm, self._config.rms_norm_eps))
 
     def _layer(self, tensors: dict[str, Tensor], index: int) -> _Layer:
         """Take one layer's tensors out of `tensors` and pack them."""

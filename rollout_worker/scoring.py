@@ -38,6 +38,10 @@ class Scoring:
         """From now on only the teacher's `revision`."""
         self._identity = replace(self._identity, revision=revision)
 
+    async def read(self, items: Sequence[ScoreItem], ask: Ask) -> list[TeacherScores]:
+        """What it says of anything else, in the order of `items`. Raises TeacherError."""
+        return await self._scorer.score(items, ask, self._identity) if items else []
+
     async def score(self, rollouts: Sequence[Rollout], read: Mapping[str, tuple[Message, ...]]) -> list[ScoredRollout]:
         """The rollouts with their scores; None for those that no term reads scores of. Raises TeacherError.
 
@@ -50,7 +54,7 @@ class Scoring:
             chosen = [_chosen(rollout) for rollout in wanted]
             ask = replace(ask, num_ids=max(width_of(ids) for ids in chosen))
             items = [replace(item, token_ids=filled(ids, ask.num_ids)) for item, ids in zip(items, chosen, strict=True)]
-        answers = await self._scorer.score(items, ask, self._identity) if items else []
+        answers = await self.read(items, ask)
         found = {
             rollout.id: _sorted_out(rollout, item.token_ids, scores)
             for rollout, item, scores in zip(wanted, items, answers, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -56,16 +56,32 @@ class Engine:
 
     async def write(self, prompts: Sequence[Prompt]) -> list[Text]:
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.samples)]
-        completions = await self.engine.generate(
-            [self._request(prompt, sample) for prompt, sample in jobs],
-            self.sampling,
-            want_logprobs=self.is_student,
-            support_k=self.support_k,
-        )
+        completions = await self._generated([self._request(prompt, sample) for prompt, sample in jobs])
         return [
             Text(prompt=prompt, sample=sample, completion=completion if self.is_student else _nobodys(completion))
             for (prompt, sample), completion in zip(jobs, completions, strict=True)
         ]
+
+    async def _generated(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Completions to their end: one that new weights have ended goes on under them from where it was."""
+        found = await self.engine.generate(
+            requests, self.sampling, want_logprobs=self.is_student, support_k=self.support_k
+        )
+        cut = [i for i, completion in enumerate(found) if completion.finish_reason is FinishReason.ABORTED]
+        if cut:
+            rest = await self._generated([self._continued(requests[i], found[i]) for i in cut])
+            for i, ending in zip(cut, rest, strict=True):
+                found[i] = joined(found[i], ending)
+        return found
+
+    def _continued(self, request: GenerationRequest, begun: Completion) -> GenerationRequest:
+        limit = self.sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        return replace(
+            request,
+            prompt_ids=np.concatenate([request.prompt_ids, begun.token_ids]),
+            seed=digest(f"{request.seed}/{len(begun.token_ids)}") >> 1,
+            max_new_tokens=limit - len(begun.token_ids),
+        )
 
     def _request(self, prompt: Prompt, sample: int) -> GenerationRequest:
         name = f"{prompt.id}/{sample}"
@@ -135,6 +151,16 @@ class Standing:
             )
         end = self._tokenizer.eos_token_id
         return foreign([*self._tokenizer.encode(prompt.solution, add_special_tokens=False), end], end=end)
+
+
+def joined(begun: Completion, ending: Completion) -> Completion:
+    """One completion of two parts, each token with the version that wrote it."""
+    columns = {
+        name: None if getattr(begun, name) is None else np.concatenate([getattr(begun, name), getattr(ending, name)])
+        for name in (column.name for column in fields(Completion))
+        if name != "finish_reason"
+    }
+    return Completion(**columns, finish_reason=ending.finish_reason)
 
 
 def foreign(ids: Sequence[int], *, end: int) -> Completion:

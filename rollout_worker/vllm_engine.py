@@ -5,9 +5,10 @@
        ▲                   step ──► finished outputs
        └────────── futures ◄──────────────┘
 
-Requests join at any time. Weights are swapped between two steps, with requests in flight: their keys and values are
-computed anew by the new weights, and every token keeps the version that wrote it. A dead engine is not revived: all
-that waits for it gets WorkerLost. No sampling parameter is left to the model's generation_config.json.
+Requests join at any time. Weights are swapped between two steps. Requests in flight go on: their keys and values are
+computed anew by the new weights, and every token keeps the version that wrote it. Or they end first, while new ones are
+held back, or they are aborted. A dead engine is not revived: all that waits for it gets WorkerLost. No sampling
+parameter is left to the model's generation_config.json.
 Several engines of one process take turns; close them together, because vLLM's own shutdown is the process's.
 """
 
@@ -17,32 +18,38 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason as VllmFinishReason
 
 from potstill.config import SamplingConfig
+from potstill.config_weights import InFlight
 from potstill.errors import ConfigError, NonFinite, WeightsError, WorkerLost
 from potstill.types import FinishReason, WeightsVersion
-from potstill.weights import Array, check_fits, check_newer, shapes_in, unpack
+from potstill.weights import Bytes, check_newer
 from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
+from rollout_worker.incoming import Incoming
 from rollout_worker.sampling import vllm_arguments
-from rollout_worker.tensors import as_tensor
 from rollout_worker.vllm_sampler import StudentSampler
 
 CACHE_BYTES = 1 << 29  # of keys and values; vLLM otherwise takes a large part of the machine's memory
 MAX_SEQUENCES = 256  # written side by side; more wait their turn
 BATCHED_TOKENS = 8192  # of one step; raised where one whole text needs more, because none is prefilled in parts
+
+_FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORTED}
 
 # vLLM's kernels share scratch memory within a process: two engines stepping at once corrupt each other's.
 _ONE_AT_A_TIME = threading.Lock()
@@ -62,7 +69,7 @@ class VllmEngine:
         max_model_len: int,
         num_draws: int,
     ) -> None:
-        self._shapes = shapes_in(model)
+        self._incoming = Incoming(model, dtype)
         self._dtype = dtype
         self._stop_token_id = stop_token_id
         self._version = version
@@ -74,6 +81,8 @@ class VllmEngine:
         self._gate = threading.Lock()  # nothing enters the inbox once `_stopped` says why
         self._stopped: str | None = None
         self._swapping = asyncio.Lock()
+        self._draining: Callable[[], None] | None = None  # the swap that waits for those in flight to end
+        self._held: dict[str, Callable[[], None]] = {}  # requests that wait for that swap, by name
         started: Future[LLMEngine] = Future()
         self._thread = threading.Thread(target=self._run, args=(started, model, threads), name="vllm", daemon=True)
         self._thread.start()
@@ -96,12 +105,15 @@ class VllmEngine:
         has_logprobs = want_logprobs and sampling.temperature > 0
         return [_completion(output, has_logprobs, self._num_draws, support_k) for output in outputs]
 
-    async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> None:
+    async def load_weights(self, version: WeightsVersion, payload: Bytes, in_flight: InFlight = "keep") -> float:
         async with self._swapping:
             check_newer(self._version, version.version)
-            check_fits(version, self._shapes, self._dtype)
-            tensors = await asyncio.to_thread(unpack, version, payload)
-            await self._between_steps(lambda: self._swap(version.version, tensors))
+            tensors = await asyncio.to_thread(self._incoming.tensors, version, payload)
+            swapped: Future[float] = Future()
+            swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
+            swap = partial(self._swap, version.version, tensors, in_flight, swapped)
+            await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
+            return await asyncio.wrap_future(swapped)
 
     async def close(self) -> None:
         if self._stopped is None:
@@ -154,6 +166,8 @@ class VllmEngine:
         started.set_result(engine)
         try:
             while self._stopped is None:
+                if self._draining is not None and not engine.has_unfinished_requests():
+                    self._end_of_drain()
                 if not engine.has_unfinished_requests() or not self._inbox.empty():
                     self._serve(*self._inbox.get())
                     continue
@@ -182,6 +196,9 @@ class VllmEngine:
     def _add(
         self, name: str, request: GenerationRequest, params: SamplingParams, finished: Future[CompletionOutput]
     ) -> None:
+        if self._draining is not None:
+            self._held[name] = partial(self._add, name, request, params, finished)
+            return
         try:
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), params)
         except VLLMValidationError as error:
@@ -190,6 +207,7 @@ class VllmEngine:
             self._waiting[name] = finished
 
     def _abort(self, name: str) -> None:
+        self._held.pop(name, None)
         if self._waiting.pop(name, None) is not None:
             self._engine.abort_request([name])
 
@@ -197,15 +215,47 @@ class VllmEngine:
         if output.finished:
             self._waiting.pop(output.request_id).set_result(output.outputs[0])
 
-    def _swap(self, version: int, tensors: dict[str, Array]) -> None:
-        weights = ((name, as_tensor(array)) for name, array in tensors.items())
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._engine.apply_model(_repack_head)
-        # Cached keys and values are the old weights': what is in flight is read again from its first token.
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise WeightsError(f"weights version {version}: vLLM kept keys and values of the old weights")
+    def _drain(self, swap: Callable[[], None]) -> None:
+        """Swap when nothing is in flight, and begin nothing until then."""
+        self._draining = swap
+
+    def _end_of_drain(self) -> None:
+        swap, self._draining = self._draining, None
+        assert swap is not None
+        swap()
+        held, self._held = self._held, {}
+        for add in held.values():
+            add()
+
+    def _swap(self, version: int, tensors: dict[str, Tensor], in_flight: InFlight, swapped: Future[float]) -> None:
+        began = time.perf_counter()
+        try:
+            if in_flight == "abort":
+                self._abort_begun()
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+            self._engine.apply_model(_repack_head)
+            # Cached keys and values are the old weights': what is in flight is read again from its first token.
+            if not self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise WeightsError(f"weights version {version}: vLLM kept keys and values of the old weights")
+        except BaseException as error:
+            reason = f"weights version {version} was loaded by half: {type(error).__name__}"
+            swapped.set_exception(WorkerLost(reason))
+            self._stop(reason)
+            raise
         self._engine.set_weight_version(str(version))
         self._version = version
+        swapped.set_result(time.perf_counter() - began)
+
+    def _abort_begun(self) -> None:
+        """End every completion that has a token, with what it has."""
+        processor = self._engine.output_processor
+        for name in list(self._waiting):
+            (state,) = (processor.request_states[own] for own in processor.external_req_ids[name])
+            if state.detokenizer.num_output_tokens() == 0:
+                continue
+            output = state.make_request_output([], None, VllmFinishReason.ABORT, None)
+            self._engine.abort_request([name])
+            self._finish(output)
 
     def _stop(self, reason: str) -> None:
         """Take no more work, and tell everybody who waits."""
@@ -214,6 +264,8 @@ class VllmEngine:
         for finished in self._waiting.values():
             finished.set_exception(WorkerLost(reason))
         self._waiting.clear()
+        for add in self._held.values():
+            add.args[-1].set_exception(WorkerLost(reason))
         while not self._inbox.empty():
             _, done = self._inbox.get()
             if done.set_running_or_notify_cancel():
@@ -277,7 +329,7 @@ def _completion(output: CompletionOutput, has_logprobs: bool, num_draws: int, su
         support_ids=support_ids,
         support_logprobs=support_logprobs,
         weight_versions=versions,
-        finish_reason=FinishReason(output.finish_reason),
+        finish_reason=_FINISH_REASONS[output.finish_reason],
         draw_ids=draw_ids,
         draw_logprobs=draw_logprobs,
     )

@@ -9,7 +9,7 @@ from potstill.byte_alignment import byte_vocabulary
 from potstill.config import RunConfig
 from potstill.environments import Environment
 from rollout_worker.collect import Collector
-from rollout_worker.judges import Verifier
+from rollout_worker.judges import Judges, Verifier
 from rollout_worker.scoring import Scoring, support_k
 from rollout_worker.sources import Engine, Source, Standing
 from rollout_worker.views import Views
@@ -47,8 +47,7 @@ def collector_of(
     verifier = Verifier(environment, tokenizer)
     usual = {
         "sources": sources,
-        "judge": verifier,
-        "verifier": verifier,
+        "judges": Judges(training=verifier, held_out=verifier),
         "advisor": None,
         "vocabulary": byte_vocabulary(tokenizer) if config.objective.reads_privacy else None,
         "scoring": None if teacher is None else Scoring(teacher, IDENTITY, config.objective, hidden_size=0),

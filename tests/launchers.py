@@ -32,7 +32,7 @@ class ProcessLauncher:
         self._report_url = report_url
         folder.mkdir(parents=True, exist_ok=True)
 
-    def launch(self, run: Run, config: Path, token: str) -> None:
+    def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
         place = self._folder / run.submission_id
         place.mkdir()
         shell = f'{self._script} & echo $! > "{place}/pid"; wait $!; echo $? > "{place}/exit"'
@@ -65,7 +65,7 @@ class ProcessLauncher:
 class AwayLauncher:
     """A cluster that does not answer."""
 
-    def launch(self, run: Run, config: Path, token: str) -> None:
+    def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
         raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
 
     def look(self) -> Mapping[str, Job]:

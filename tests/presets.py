@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learner.aggregation import Denominators
+from learner.ranks import Ranks
 from learner.targets import budgeted
 from learner.trainer import Trainer, totals
 from potstill.algebra.objective import Objective, Tier
@@ -95,7 +96,7 @@ def shrunk(objective: Objective) -> dict[str, Any]:
     return {**small.pop("main", {}), "auxiliaries": small}
 
 
-def trainer_of(name: str, *, teacher: str = "self", **learner: int) -> Trainer:
+def trainer_of(name: str, *, teacher: str = "self", ranks: Ranks | None = None, **learner: int) -> Trainer:
     """The preset's, its student some steps away from the one that the run found."""
     trainer = make_trainer(
         method=name,
@@ -103,11 +104,13 @@ def trainer_of(name: str, *, teacher: str = "self", **learner: int) -> Trainer:
         teacher=SELF_TEACHER if teacher == "self" else None,
         learner=learner,
         steps=2 * STEP,
+        ranks=ranks,
     )
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in trainer.student.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            moved = 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(trainer.student.ranks.lay(moved, like=parameter))
     return trainer
 
 

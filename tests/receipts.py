@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from potstill.types import FinishReason, Receipt
 
 
@@ -14,6 +16,7 @@ def make_receipt(
     unscored: int = 0,
     reward: float = 1.0,
     finish_reason: FinishReason = FinishReason.STOP,
+    repetition: float = math.nan,
 ) -> Receipt:
     """A completion of training prompt `prompt` that was trained on everywhere; it took 0.1 s to write, 0.2 to score."""
     return Receipt(
@@ -30,6 +33,7 @@ def make_receipt(
         reward=reward,
         generate_s=0.1,
         score_s=0.2,
+        repetition=repetition,
         bundle=None,
         position=sample,
     )

@@ -1,7 +1,8 @@
 """What `potstill run` looks like to the service, with nothing to train.
 
 `python -m tests.tiny_run CONFIG --report-to URL`. The config's seed says how it goes: 0 succeeds, 1 fails and says so,
-2 works until it is told to stop, 3 dies without a word, 4 works as long as it has steps, 50 ms each.
+2 works until it is told to stop, 3 dies without a word, 4 works as long as it has steps, 50 ms each,
+5 dies without a word the first time and succeeds when it is resumed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ def main() -> int:
     config = load(sys.argv[1])
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    journal = Journal(Path(config.runs) / config.name)
+    resumed = "--resume" in sys.argv
+    journal = Journal(Path(config.runs) / config.name, resume=resumed)
     token = os.environ["POTSTILL_RUN_TOKEN"]
     reporter = HttpReporter(sys.argv[3], config.name, token, journal.folder)
     journal.listen(reporter)
     journal.status(Status.STARTING)
     journal.status(Status.RUNNING)
-    code = work(config, journal, stopped)
+    code = work(config, journal, stopped, resumed=resumed)
     reporter.close(timeout_s=3.0)
     journal.close()
     return code
 
 
-def work(config: RunConfig, journal: Journal, stopped: threading.Event) -> int:
-    if config.seed == 3:
+def work(config: RunConfig, journal: Journal, stopped: threading.Event, *, resumed: bool) -> int:
+    if config.seed == 3 or (config.seed == 5 and not resumed):
         print("the last words of this process", flush=True)
         os._exit(9)
     for step in range(1, config.loop.steps + 1):

@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from learner.aggregation import Denominators
 from learner.attention import IMPLEMENTATION
 from learner.model import CausalModel
+from learner.ranks import Alone, Ranks
 from learner.trainer import Trainer, totals
 from potstill.config import RunConfig
 from potstill.config_file import parse
@@ -91,8 +92,8 @@ def make_config(
     )
 
 
-def make_trainer(*, seed: int = 0, tie: bool = False, **config: Any) -> Trainer:
-    return Trainer(make_config(**config), make_student(seed=seed, tie=tie))
+def make_trainer(*, seed: int = 0, tie: bool = False, ranks: Ranks | None = None, **config: Any) -> Trainer:
+    return Trainer(make_config(**config), (ranks or Alone()).shard(make_student(seed=seed, tie=tie)))
 
 
 def denominators_of(trainer: Trainer, batch: Sequence[ScoredRollout]) -> Denominators:

@@ -22,8 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx2
 from pydantic import SecretStr
@@ -106,7 +105,7 @@ class _Request:
 
 
 class Endpoint:
-    """Lives in one event loop; close it with `aclose` or `async with`.
+    """Lives in one event loop; close it with `aclose`.
 
     `headers` are sent with every request, to this endpoint only. Raises ConfigError for a URL that `guard` refuses.
     """
@@ -132,14 +131,6 @@ class Endpoint:
             timeout=httpx2.Timeout(policy.deadline_s, connect=_CONNECT_S),
             limits=httpx2.Limits(max_connections=policy.concurrency, max_keepalive_connections=policy.concurrency),
         )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         await self._http.aclose()

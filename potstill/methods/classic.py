@@ -231,12 +231,25 @@ CLASSIC: dict[str, Method] = {
         objective=objective(support={"kind": "nucleus", "mass": 0.95}, loss="forward_kl"),
         phrase="forward KL over the smallest set that holds 95% of the teacher's mass, both renormalised",
         source="DAC-KL of Multi-Granularity Semantic Revision, arXiv 2407.10068, with a fixed clip. Not taken: bounds "
-        "that a network learns (the paper leaves it open), the supervised and span losses, and its rewriting of one "
-        "token per text (learner/revision.py only finds which).",
+        "that a network learns (the paper leaves it open), and the supervised and span losses. dac_kl_scrg has its "
+        "rewriting of one token per text.",
         signal="divergence",
         granularity="token",
         good_at="Leaving the teacher's noisy tail out.",
         trap="The student's mass outside the set is free: nothing pulls it in.",
+    ),
+    "dac_kl_scrg": Method(
+        objective=objective(support={"kind": "nucleus", "mass": 0.95}, loss="forward_kl"),
+        phrase="dac_kl on the student's text after the teacher has replaced the token where they differ most",
+        source="SCRG and DAC-KL of Multi-Granularity Semantic Revision, arXiv 2407.10068, one correction a text. The "
+        "divergence that decides where is a lower bound: over the student's top rollout.revision_k and all else as "
+        "one. Not taken: as of dac_kl; the buffer of earlier text.",
+        signal="divergence",
+        granularity="token",
+        good_at="Text that one wrong token of a weak student would have led astray.",
+        trap="Every text is written up to twice and read twice. Nobody sampled the token that the teacher put in: no "
+        "method with importance weights can learn such text.",
+        settings={"rollout.source": "revision"},
     ),
     "first": Method(
         objective=objective(

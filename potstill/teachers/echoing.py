@@ -11,7 +11,6 @@ It refuses entropies, draws, hidden states, and ids that a caller chooses.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,26 +27,19 @@ from potstill.teachers.echo import Choice, Names, read_echo
 from potstill.teachers.foreign import (
     JSON,
     SMALL_ANSWER_BYTES,
-    UNLIMITED,
-    UNVERSIONED,
     Advice,
-    Reading,
+    ForeignScorer,
     check_text,
     highest,
     is_sound,
     parsed,
-    score_each,
     tail_of,
 )
-from potstill.types import ScoreStatus, TeacherIdentity, TeacherScores
+from potstill.types import ScoreStatus, TeacherScores
 from potstill.wire import Ask, Capabilities, ScoreItem, unscored
 
 MOST_TOP_K = 20  # of any OpenAI-compatible API
 _REFUSED = {400, 404, 405, 422, 501}  # this endpoint, or this model of it, has no such thing
-_ADVICE = Advice(
-    ids="use the teacher's own top-k, or serve its weights with `potstill teacher serve`",
-    top_k="use a smaller top-k, or a server that gives more",
-)
 _ENTRY_BYTES = 192  # of one log-prob in JSON, its text included
 _TRIAL = "The answer is 21."
 
@@ -74,43 +66,24 @@ _DIALECTS = (
 )
 
 
-class EchoScorer:
-    """Scorer over `/v1/completions`. `tokenizer` is a folder with a copy of the model's tokenizer.
+class EchoScorer(ForeignScorer):
+    """Scorer over `/v1/completions`. `context_length` is the model's, in tokens: the API has no word for it.
 
-    `context_length` is the model's, in tokens: the API has no word for it. `revision` as for VllmTeacher.
+    FAILED: an item whose answer cannot be matched with its tokens.
     """
+
+    advice = Advice(
+        ids="use the teacher's own top-k, or serve its weights with `potstill teacher serve`",
+        top_k="use a smaller top-k, or a server that gives more",
+    )
 
     def __init__(
         self, endpoint: Endpoint, *, model: str, revision: str | None, tokenizer: Path, context_length: int
     ) -> None:
-        self._endpoint = endpoint
-        self._reading = Reading(tokenizer)
+        super().__init__(endpoint, model=model, revision=revision, tokenizer=tokenizer)
         self._names = Names(self._reading)
-        self._identity = TeacherIdentity(
-            name=model, revision=revision or UNVERSIONED, tokenizer_fingerprint=self._reading.fingerprint
-        )
         self._context_length = context_length
         self._dialect = _DIALECTS[-1]
-        self._able: Capabilities | None = None
-
-    async def capabilities(self) -> Capabilities:
-        """What the endpoint gives, found by asking it once. Tier.TEXT: it scores nothing that it is given."""
-        if self._able is None:
-            self._able = await self._find(self._deadline())
-        return self._able
-
-    async def score(self, items: Sequence[ScoreItem], ask: Ask, expect: TeacherIdentity | None) -> list[TeacherScores]:
-        """As Scorer. An item whose answer cannot be matched with its tokens comes back FAILED."""
-        by = self._deadline()
-        able = await self.capabilities()
-        one = partial(self._score, ask=ask, able=able, by=by)
-        return await score_each(items, ask, expect, able=able, advice=_ADVICE, score=one)
-
-    async def aclose(self) -> None:
-        await self._endpoint.aclose()
-
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._endpoint.policy.deadline_s
 
     async def _score(self, item: ScoreItem, *, ask: Ask, able: Capabilities, by: float) -> TeacherScores:
         context = self._reading.context(item)
@@ -171,20 +144,7 @@ class EchoScorer:
     async def _find(self, by: float) -> Capabilities:
         top_k = await self._settle(by)
         tier = Tier.TEXT if top_k is None else Tier.TOPK if top_k else Tier.SAMPLED
-        return Capabilities(
-            model=self._identity.name,
-            revision=self._identity.revision,
-            tokenizer_fingerprint=self._identity.tokenizer_fingerprint,
-            tier=tier,
-            context_length=self._context_length - 1,  # one place is for the token that is written
-            vocabulary=self._reading.vocabulary,
-            max_items=UNLIMITED,
-            max_tokens=UNLIMITED,
-            max_top_k=top_k or 0,
-            max_body_bytes=UNLIMITED,
-            hidden_size=0,
-            head_id="",
-        )
+        return self._offers(tier, context_length=self._context_length, max_top_k=top_k or 0)
 
     async def _settle(self, by: float) -> int | None:
         """Take the first dialect that the endpoint understands; returns its largest top-k, None when it has none."""

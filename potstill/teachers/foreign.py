@@ -1,8 +1,8 @@
 """What is done for a teacher that knows nothing of potstill: read its tokens, refuse for it, check its answers.
 
-    Reading      the teacher's tokenizer, as a local folder that the user vouches for
-    score_each   refuse, ask about one item at a time, pass every answer through alignment.py
-    highest      the most of something that an endpoint gives, found by asking
+    Reading         the teacher's tokenizer, as a local folder that the user vouches for
+    ForeignScorer   refuse, ask about one item at a time, pass every answer through alignment.py
+    highest         the most of something that an endpoint gives, found by asking
 
 It refuses whatever only potstill's own teacher server has: entropies, draws and hidden states. It sends nothing itself.
 """
@@ -10,25 +10,26 @@ It refuses whatever only potstill's own teacher server has: entropies, draws and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from potstill.algebra.objective import Tier
 from potstill.alignment import aligned
-from potstill.calling.outbound import Answer
+from potstill.calling.outbound import Answer, Endpoint
 from potstill.errors import AlignmentError, TeacherRefused, TokenizerMismatch
 from potstill.tokenization import fingerprint, load_tokenizer, render
 from potstill.types import FloatArray, TeacherIdentity, TeacherScores
 from potstill.wire import Ask, Capabilities, ScoreItem, ScoreRequest, ScoreResponse
 
 JSON = "application/json"
-UNVERSIONED = "unversioned"  # the revision of weights that nobody vouches for
-UNLIMITED = 2**31 - 1  # of items, tokens and bytes: every item is a request of its own
+_UNVERSIONED = "unversioned"  # the revision of weights that nobody vouches for
+_UNLIMITED = 2**31 - 1  # of items, tokens and bytes: every item is a request of its own
 SMALL_ANSWER_BYTES = 2**20
 NO_LOGPROB = -9999.0
 """What OpenAI-compatible servers write for minus infinity, and for numbers that they do not have."""
@@ -74,29 +75,79 @@ class Reading:
         return str(text)
 
 
-async def score_each(
-    items: Sequence[ScoreItem],
-    ask: Ask,
-    expect: TeacherIdentity | None,
-    *,
-    able: Capabilities,
-    advice: Advice,
-    score: Callable[[ScoreItem], Coroutine[Any, Any, TeacherScores]],
-) -> list[TeacherScores]:
-    """Scores in the order of `items`, each found by `score`. The first failure ends what is still in flight."""
-    if not items:
-        return []
-    request = ScoreRequest(model=able.model, items=tuple(items), ask=ask)
-    _refuse_other(expect, able.identity)
-    _refuse_unfit(ask, able, advice)
-    tasks = [asyncio.create_task(score(item)) for item in items]
-    try:
-        found = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    ids = tuple(item.id for item in items)
-    return aligned(request, ScoreResponse(request_id="", identity=able.identity, ids=ids, scores=tuple(found)), expect)
+class ForeignScorer(ABC):
+    """A Scorer that asks its endpoint about one item at a time. Owns the endpoint, and closes it.
+
+    `tokenizer` is a folder with a copy of the teacher's; `revision` is whatever the user calls its weights: a run is
+    resumed only with the same.
+    """
+
+    advice: ClassVar[Advice]
+
+    def __init__(self, endpoint: Endpoint, *, model: str, revision: str | None, tokenizer: Path) -> None:
+        self._endpoint = endpoint
+        self._reading = Reading(tokenizer)
+        self._identity = TeacherIdentity(
+            name=model, revision=revision or _UNVERSIONED, tokenizer_fingerprint=self._reading.fingerprint
+        )
+        self._able: Capabilities | None = None
+
+    async def capabilities(self) -> Capabilities:
+        """What the endpoint gives, found by asking it once. Tier.TEXT: it scores nothing that it is given.
+
+        Raises TokenizerMismatch when it is seen to read other tokens.
+        """
+        if self._able is None:
+            self._able = await self._find(self._deadline())
+        return self._able
+
+    async def score(self, items: Sequence[ScoreItem], ask: Ask, expect: TeacherIdentity | None) -> list[TeacherScores]:
+        """As Scorer. FAILED: an item whose answer is not certain. The first error ends what is still in flight."""
+        if not items:
+            return []
+        by = self._deadline()
+        able = await self.capabilities()
+        request = ScoreRequest(model=able.model, items=tuple(items), ask=ask)
+        _refuse_other(expect, able.identity)
+        _refuse_unfit(ask, able, self.advice)
+        tasks = [asyncio.create_task(self._score(item, ask=ask, able=able, by=by)) for item in items]
+        try:
+            found = tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+        ids = tuple(item.id for item in items)
+        return aligned(request, ScoreResponse(request_id="", identity=able.identity, ids=ids, scores=found), expect)
+
+    async def aclose(self) -> None:
+        await self._endpoint.aclose()
+
+    @abstractmethod
+    async def _find(self, by: float) -> Capabilities:
+        """What the endpoint gives, found by asking it until the loop's time `by`."""
+
+    @abstractmethod
+    async def _score(self, item: ScoreItem, *, ask: Ask, able: Capabilities, by: float) -> TeacherScores:
+        """One item; FAILED where its answer is not certain."""
+
+    def _offers(self, tier: Tier, *, context_length: int, max_top_k: int) -> Capabilities:
+        return Capabilities(
+            model=self._identity.name,
+            revision=self._identity.revision,
+            tokenizer_fingerprint=self._identity.tokenizer_fingerprint,
+            tier=tier,
+            context_length=context_length - 1,  # one place is for a token that the endpoint insists on writing
+            vocabulary=self._reading.vocabulary,
+            max_items=_UNLIMITED,
+            max_tokens=_UNLIMITED,
+            max_top_k=max_top_k,
+            max_body_bytes=_UNLIMITED,
+            hidden_size=0,
+            head_id="",
+        )
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._endpoint.policy.deadline_s
 
 
 def check_text(item: ScoreItem, context: Sequence[int], able: Capabilities) -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,19 +39,11 @@ _LOADED = TypeAdapter(_Loaded)
 
 
 class TeacherClient:
-    """One teacher server. Owns its endpoint; close it with `aclose` or `async with`."""
+    """One teacher server. Owns its endpoint; close it with `aclose`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._capabilities: Capabilities | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         await self._endpoint.aclose()

@@ -12,41 +12,32 @@ It sends no temperature: none is ever applied to prompts. It refuses entropies, 
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
 from potstill.algebra.objective import Tier
-from potstill.calling.outbound import Answer, Endpoint
+from potstill.calling.outbound import Answer
 from potstill.errors import AlignmentError, TeacherRefused, TokenizerMismatch
 from potstill.teachers.foreign import (
     JSON,
     SMALL_ANSWER_BYTES,
-    UNLIMITED,
-    UNVERSIONED,
     Advice,
-    Reading,
+    ForeignScorer,
     check_text,
     highest,
     is_sound,
     parsed,
-    score_each,
     tail_of,
 )
 from potstill.teachers.prompt_logprobs import Rows, read_array, read_rows
-from potstill.types import IntArray, ScoreStatus, TeacherIdentity, TeacherScores
+from potstill.types import IntArray, ScoreStatus, TeacherScores
 from potstill.wire import MAX_TOP_K, Ask, Capabilities, ScoreItem, unscored
 
-_ADVICE = Advice(
-    ids="vLLM 0.33 with VLLM_USE_V2_MODEL_RUNNER=1 and `potstill teacher serve` do; or use the teacher's own top-k",
-    top_k="start vLLM with a larger --max-logprobs",
-)
 _ENTRY_BYTES = 192  # of one log-prob in JSON, its text included
 _SAMPLES = ("12 + 9 = 21, isn't it?", "naïve café, 你好 🙂", "def f(x):\n\treturn  x**2\n")
 _NUM_SPREAD = 256  # ids from all over the vocabulary that both sides must read alike
@@ -85,38 +76,16 @@ _CARDS, _COMPLETION, _PROMPT = TypeAdapter(_Cards), TypeAdapter(_Completion), Ty
 _TOKENS, _TEXT = TypeAdapter(_Tokens), TypeAdapter(_Text)
 
 
-class VllmScorer:
-    """Scorer over `python -m vllm.entrypoints.openai.api_server`. `tokenizer` is a folder with a copy of its tokenizer.
+class VllmScorer(ForeignScorer):
+    """Scorer over `python -m vllm.entrypoints.openai.api_server`.
 
-    `revision` is whatever the user calls these weights; a run is resumed only with the same.
+    FAILED: an item with a log-prob that is no number, or a top-k with rows that no token has.
     """
 
-    def __init__(self, endpoint: Endpoint, *, model: str, revision: str | None, tokenizer: Path) -> None:
-        self._endpoint = endpoint
-        self._reading = Reading(tokenizer)
-        self._identity = TeacherIdentity(
-            name=model, revision=revision or UNVERSIONED, tokenizer_fingerprint=self._reading.fingerprint
-        )
-        self._able: Capabilities | None = None
-
-    async def capabilities(self) -> Capabilities:
-        """What the server gives, found by asking it once. Raises TokenizerMismatch when it reads other tokens."""
-        if self._able is None:
-            self._able = await self._find(self._deadline())
-        return self._able
-
-    async def score(self, items: Sequence[ScoreItem], ask: Ask, expect: TeacherIdentity | None) -> list[TeacherScores]:
-        """As Scorer. FAILED: an item with a log-prob that is no number, or a top-k with rows that no token has."""
-        by = self._deadline()
-        able = await self.capabilities()
-        one = partial(self._score, ask=ask, able=able, by=by)
-        return await score_each(items, ask, expect, able=able, advice=_ADVICE, score=one)
-
-    async def aclose(self) -> None:
-        await self._endpoint.aclose()
-
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._endpoint.policy.deadline_s
+    advice = Advice(
+        ids="vLLM 0.33 with VLLM_USE_V2_MODEL_RUNNER=1 and `potstill teacher serve` do; or use the teacher's own top-k",
+        top_k="start vLLM with a larger --max-logprobs",
+    )
 
     async def _score(self, item: ScoreItem, *, ask: Ask, able: Capabilities, by: float) -> TeacherScores:
         context = self._reading.context(item)
@@ -180,20 +149,7 @@ class VllmScorer:
         if top_k is None:
             raise TeacherRefused(f"{self._endpoint.url} gives no prompt_logprobs: it is not a vLLM server that scores")
         tier = Tier.SAMPLED if top_k == 0 else Tier.IDS if await self._gives_ids(by) else Tier.TOPK
-        return Capabilities(
-            model=self._identity.name,
-            revision=self._identity.revision,
-            tokenizer_fingerprint=self._identity.tokenizer_fingerprint,
-            tier=tier,
-            context_length=length - 1,  # one place is for the token that vLLM insists on writing
-            vocabulary=self._reading.vocabulary,
-            max_items=UNLIMITED,
-            max_tokens=UNLIMITED,
-            max_top_k=top_k,
-            max_body_bytes=UNLIMITED,
-            hidden_size=0,
-            head_id="",
-        )
+        return self._offers(tier, context_length=length, max_top_k=top_k)
 
     async def _max_model_len(self, by: float) -> int:
         answer = await self._endpoint.call(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from potstill.config import SamplingConfig
+from potstill.config_weights import InFlight
 from potstill.errors import ConfigError, StaleWeights, WeightsError, WorkerLost
 from potstill.types import FinishReason
 from potstill.weights import pack
-from rollout_worker.engine import Completion, build_engine
+from rollout_worker.engine import Completion, GenerationRequest, build_engine
 from rollout_worker.sampling import processed_logits, vllm_arguments
 from tests.benches import Bench, Student, requests, sampling
 from tests.tiny_models import save_tiny_model, tiny_tokenizer
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 STOP = tiny_tokenizer().eos_token_id
 TOLERANCE = 2e-5  # of a log-prob against a float32 forward pass of transformers
 MAX_LEN = 512
+LONG = sampling(200)
 NUM_DRAWS = 5  # that the benches' engines keep where log-probs are wanted
 
 
@@ -60,6 +64,15 @@ def bench(request: pytest.FixtureRequest, students: tuple[Student, Student]) -> 
         first = runner.run(engine.generate(MIXED, sampling(20), want_logprobs=True, support_k=4))
         yield Bench(request.param, engine, runner, first)
         runner.run(engine.close())
+
+
+@dataclasses.dataclass
+class Midway:
+    """What was written while weights came, and then; and for how long nothing could be."""
+
+    completions: list[Completion]
+    after: Completion
+    paused_s: float
 
 
 def assert_equal(left: list[Completion], right: list[Completion]) -> None:
@@ -261,28 +274,67 @@ def test_damaged_and_foreign_weights_are_refused_and_the_old_ones_go_on_serving(
     assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
 
 
+def update_midway(bench: Bench, student: Student, in_flight: InFlight, asked: list[GenerationRequest]) -> Midway:
+    """Load new weights while `asked` is written; one more request is made just before, and one just after."""
+
+    async def run() -> Midway:
+        write = partial(bench.engine.generate, sampling=LONG, want_logprobs=True, support_k=0)
+        writing = asyncio.create_task(write(asked))
+        await bench.engine.generate(MIXED[:1], sampling(10), want_logprobs=True, support_k=0)
+        payload = student.payload(bench.engine.version + 1)
+        loading = asyncio.create_task(bench.engine.load_weights(*payload, in_flight))
+        paused_s = await loading
+        return Midway(await writing, (await write(MIXED[4:]))[0], paused_s)
+
+    return bench.runner.run(run())
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "finish", "abort"])
 def test_an_update_while_requests_run_leaves_every_token_with_the_version_that_wrote_it(
-    bench: Bench, students: tuple[Student, Student]
+    bench: Bench, students: tuple[Student, Student], in_flight: InFlight
 ) -> None:
     old = bench.load(students[0])
-    config = sampling(200)
-    long_requests = requests((150, 20), copies=4)
-
-    async def update_midway() -> list[Completion]:
-        writing = asyncio.create_task(bench.engine.generate(long_requests, config, want_logprobs=True, support_k=0))
-        await bench.engine.generate(MIXED[:1], sampling(10), want_logprobs=True, support_k=0)
-        await bench.engine.load_weights(*students[1].payload(old + 1))
-        return await writing
-
-    completions = bench.runner.run(update_midway())
+    asked = requests((150, 20), copies=4)
+    done = update_midway(bench, students[1], in_flight, asked)
     assert bench.engine.version == old + 1
-    for request, completion in zip(long_requests, completions, strict=True):
+    for request, completion in zip([*asked, MIXED[4]], [*done.completions, done.after], strict=True):
         assert set(np.diff(completion.weight_versions)) <= {0, 1}
-        per_student = [student.logprobs(request.prompt_ids, completion.token_ids, config) for student in students]
+        per_student = [student.logprobs(request.prompt_ids, completion.token_ids, LONG) for student in students]
         expected = np.where(completion.weight_versions == old, *per_student)
         np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
-    spanning = [completion for completion in completions if len(set(completion.weight_versions)) == 2]
-    assert bool(spanning) == (bench.name == "vllm")
+    assert set(done.after.weight_versions) == {old + 1}
+    spanning = [completion for completion in done.completions if len(set(completion.weight_versions)) == 2]
+    assert bool(spanning) == (in_flight == "keep")
+    aborted = [completion for completion in done.completions if completion.finish_reason is FinishReason.ABORTED]
+    assert bool(aborted) == (in_flight == "abort")
+    assert all(len(completion.token_ids) < LONG.max_new_tokens for completion in aborted)
+    assert 0 < done.paused_s < 5
+
+
+def test_what_was_aborted_may_be_asked_for_again_with_its_text_as_the_start(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    bench.load(students[0])
+    asked = requests((20,), copies=4)
+    done = update_midway(bench, students[1], "abort", asked)
+    (request, cut) = next(
+        pair for pair in zip(asked, done.completions, strict=True) if pair[1].finish_reason is FinishReason.ABORTED
+    )
+    prompt = np.concatenate((request.prompt_ids, cut.token_ids))
+    (rest,) = bench.write([dataclasses.replace(request, prompt_ids=prompt)], sampling(20))
+    expected = students[1].logprobs(prompt, rest.token_ids, sampling(20))
+    np.testing.assert_allclose(rest.logprobs, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_rounded_weights_are_loaded_as_they_were_rounded(bench: Bench, students: tuple[Student, Student]) -> None:
+    tensors = load_file(students[1].folder / "model.safetensors")
+    bits = {name: tensor.bfloat16().view(torch.uint16).numpy() for name, tensor in tensors.items()}
+    widened = {name: tensor.bfloat16().float().numpy() for name, tensor in tensors.items()}
+    bench.runner.run(bench.engine.load_weights(*pack(bits, bench.engine.version + 1, rounded=True)))
+    rounded = bench.write(MIXED, sampling(9), k=2)
+    bench.runner.run(bench.engine.load_weights(*pack(widened, bench.engine.version + 1)))
+    assert_equal(rounded, bench.write(MIXED, sampling(9), k=2))
+    bench.load(students[0])
 
 
 @pytest.mark.parametrize(
@@ -339,9 +391,18 @@ def test_bfloat16_weights_travel_as_bits_and_are_loaded_exactly(students: tuple[
     assert_equal(*asyncio.run(write()))
 
 
-def test_when_an_engine_ends_everybody_who_waits_is_told(bench: Bench) -> None:
-    def break_down() -> None:
-        raise MemoryError
+def test_when_an_engine_ends_everybody_who_waits_is_told_and_half_a_version_ends_it(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    class Torn(dict[str, torch.Tensor]):
+        """Weights of which only the first can be read."""
+
+        def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield next(iter(super().items()))
+            raise MemoryError
+
+    weights = Torn(load_file(students[1].folder / "model.safetensors"))
+    version = bench.engine.version + 1
 
     async def end_midway() -> list[object]:
         writing = [
@@ -351,7 +412,11 @@ def test_when_an_engine_ends_everybody_who_waits_is_told(bench: Bench) -> None:
         await asyncio.sleep(0.02)
         if bench.name == "vllm":
             with pytest.raises(WorkerLost, match="MemoryError"):
-                await bench.engine._between_steps(break_down)
+                await bench.engine._between_steps(
+                    partial(bench.engine._swap, version, weights, "keep", Future[float]())
+                )
+            with pytest.raises(WorkerLost, match=f"version {version} was loaded by half"):
+                await bench.engine.generate(MIXED, sampling(5), want_logprobs=True, support_k=0)
         else:
             await bench.engine.close()
         return await asyncio.gather(*writing, return_exceptions=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def some_items(number: int, *, seed: int = 0) -> list[ScoreItem]:
 
 
 async def score(server: ServerProcess, items: list[ScoreItem], *, concurrency: int = 1) -> list[Any]:
-    async with TeacherClient(endpoint(server.url, key=KEY, deadline_s=30.0, concurrency=concurrency)) as client:
+    async with aclosing(
+        TeacherClient(endpoint(server.url, key=KEY, deadline_s=30.0, concurrency=concurrency))
+    ) as client:
         return await client.score(items, EVERYTHING, None)
 
 
@@ -171,7 +174,7 @@ def test_plain_json_as_curl_sends_it_gives_plain_json_back(server, exact):
 
 
 async def test_a_probe_finds_what_the_server_can_do(server):
-    async with TeacherClient(endpoint(server.url, key=KEY)) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key=KEY))) as client:
         report = await probe(client)
     assert (report.problems, report.notes, report.tier) == ((), (), Tier.FULL)
     assert (report.context_length, report.max_top_k) == (512, 16)
@@ -184,9 +187,9 @@ async def test_a_probe_finds_what_the_server_can_do(server):
 
 
 async def test_a_probe_reports_why_it_got_nowhere(server):
-    async with TeacherClient(endpoint("http://127.0.0.1:9", key=KEY, deadline_s=0.5)) as client:
+    async with aclosing(TeacherClient(endpoint("http://127.0.0.1:9", key=KEY, deadline_s=0.5))) as client:
         away = await probe(client)
-    async with TeacherClient(endpoint(server.url, key="wrong")) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key="wrong"))) as client:
         locked = await probe(client)
     assert (away.able, away.tier, locked.able, locked.tier) == (None, None, None, None)
     assert "no answer" in away.problems[0]
@@ -287,14 +290,14 @@ def test_a_request_id_that_could_smuggle_anything_is_replaced(server):
 
 
 async def test_the_client_turns_refusals_into_the_right_errors(server):
-    async with TeacherClient(endpoint(server.url, key=KEY)) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key=KEY))) as client:
         able = await client.capabilities()
         other = TeacherIdentity(name="tiny", revision=able.revision, tokenizer_fingerprint="another")
         with pytest.raises(TokenizerMismatch):
             await client.score([item()], Ask(), other)
         with pytest.raises(TeacherRefused, match=r"items\[0\].completion_ids"):
             await client.score([item(completion=(VOCABULARY,))], Ask(), able.identity)
-    async with TeacherClient(endpoint(server.url, key="wrong")) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key="wrong"))) as client:
         with pytest.raises(TeacherRefused, match="401"):
             await client.capabilities()
 

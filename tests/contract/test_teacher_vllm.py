@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def check_scores(scores: TeacherScores, wanted: np.ndarray, asked: ScoreItem) ->
 
 async def test_the_server_scores_everything_as_a_float32_forward_pass_does(server: ServerProcess, exact: Exact):
     items = some_items()
-    async with TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0)) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0))) as client:
         able = await client.capabilities()
         assert (able.tier, able.context_length, able.hidden_size) == (Tier.FULL, 512, HIDDEN)
         together = await client.score(items, EVERYTHING, able.identity)
@@ -107,7 +108,7 @@ async def test_the_server_scores_everything_as_a_float32_forward_pass_does(serve
 
 async def test_its_states_times_the_head_are_the_log_probs(server: ServerProcess, exact: Exact, folder: Path):
     asked = item(context=[7, 8], completion=list(range(40)))
-    async with TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0)) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0))) as client:
         (scores,) = await client.score([asked], Ask(hidden=HIDDEN), None)
     head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     states = torch.from_numpy(scores.hidden).view(torch.bfloat16).float()
@@ -118,7 +119,7 @@ async def test_its_states_times_the_head_are_the_log_probs(server: ServerProcess
 async def test_weights_that_are_pushed_to_the_server_are_scored_by(server: ServerProcess, folder: Path, tmp_path: Path):
     other = save_tiny_model(tmp_path / "other", seed=4, vocab_size=VOCABULARY + 5, tie_word_embeddings=True)
     headers = {"authorization": f"Bearer {KEY}", "content-type": SAFETENSORS}
-    async with TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0)) as client:
+    async with aclosing(TeacherClient(endpoint(server.url, key=KEY, deadline_s=60.0))) as client:
         for version, model in ((1, other), (2, folder)):
             body = save(load_file(model / "model.safetensors"), {"version": str(version)})
             url = f"{server.url}/v1/weights?version={version}"

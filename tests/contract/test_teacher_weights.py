@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,7 @@ async def test_our_own_client_pushes_what_a_learner_publishes(server, folders, d
     else:
         expected = weights_of(folders[1])
     version, payload = pack(tensors, 7)
-    async with TeacherClient(open_endpoint(server, KEY, Calling(deadline_s=10.0, concurrency=1))) as client:
+    async with aclosing(TeacherClient(open_endpoint(server, KEY, Calling(deadline_s=10.0, concurrency=1)))) as client:
         before = (await client.capabilities()).identity
         assert await client.push_weights(version, payload, ema_decay=0.0) == "v7"
         assert (await client.capabilities()).identity == replace(before, revision="v7")

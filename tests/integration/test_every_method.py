@@ -70,6 +70,8 @@ def mapping(folder: Path, method: str, teacher: dict[str, Any]) -> dict[str, Any
     rollout: dict[str, Any] = {"prompts_per_step": 2, "max_prompt_tokens": 64, "sampling": {"max_new_tokens": 12}}
     if overs == {"others"} and not objective.reads_reward:
         rollout["source"] = PRESETS[method].settings.get("rollout.source", "reference")
+    elif PRESETS[method].settings.get("rollout.source") == "revision":
+        rollout["source"] = "revision"
     elif objective.reads_others:
         rollout["beside"] = "reference"
     if "privileged" in overs:
@@ -91,9 +93,12 @@ def mapping(folder: Path, method: str, teacher: dict[str, Any]) -> dict[str, Any
 
 def config_of(folder: Path, method: str, served: dict[str, str]) -> RunConfig:
     local = {"kind": "local", "models": [{"model": str(folder / "teacher")}]}
+    source = PRESETS[method].settings.get("rollout.source")
     if PRESETS[method].context == "privileged":
         teacher: dict[str, Any] = {"kind": "self", "privileged_template": TEMPLATE}
-    elif PRESETS[method].objective.tier is Tier.TEXT and PRESETS[method].settings.get("rollout.source") != "handoff":
+    elif source == "revision":
+        teacher = {**served, "head": str(folder / "teacher")}
+    elif PRESETS[method].objective.tier is Tier.TEXT and source != "handoff":
         teacher = {"kind": "none"}
     else:
         teacher = served if PRESETS[method].objective.tier in {Tier.SAMPLED, Tier.TOPK, Tier.IDS} else local

@@ -59,19 +59,20 @@ def client(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_jobs_succeed_fail_die_and_are_cancelled_as_runs_do(client: Client):
-    for name, seed in (("stopped", 2), ("good", 0), ("bad", 1), ("dead", 3)):
+    for name, seed in (("stopped", 2), ("good", 0), ("bad", 1), ("dead", 3), ("saved", 5)):
         client.create_run(submitted(name=name, seed=seed))
     deadline = time.monotonic() + 60.0
     while client.get_run("stopped")["status"] != "running":
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert client.cancel_run("stopped")["status"] == "cancelling"
-    ended = {name: client.wait(name, poll_s=0.2) for name in ("good", "bad", "dead", "stopped")}
+    ended = {name: client.wait(name, poll_s=0.2) for name in ("good", "bad", "dead", "saved", "stopped")}
 
     assert {name: run["status"] for name, run in ended.items()} == {
         "good": "succeeded",
         "bad": "failed",
         "dead": "failed",
+        "saved": "succeeded",
         "stopped": "cancelled",
     }
     assert ended["bad"]["error"]["type"] == "NonFinite"

@@ -156,6 +156,23 @@ def test_a_sampler_that_reports_no_log_probs_is_found() -> None:
         canaries.check(make_trainer(seed=STUDENT, **METHODS["opd"]), [ScoredRollout(rollout=silent, scores=scores)])
 
 
+def test_a_token_that_a_teacher_put_in_is_compared_with_nobody_and_the_others_are() -> None:
+    def revised(sampler: int) -> list[ScoredRollout]:
+        batch = honest_batch(sampler=sampler)
+        own = batch[0].rollout.student_logprobs.copy()
+        own[1] = math.nan
+        return [
+            ScoredRollout(rollout=dataclasses.replace(batch[0].rollout, student_logprobs=own), scores=batch[0].scores)
+        ]
+
+    trainer = make_trainer(seed=STUDENT, **METHODS["gkd_topk"])
+    rollout = trainer.config.rollout.model_copy(update={"source": "revision"})
+    trainer.config = trainer.config.model_copy(update={"rollout": rollout})
+    assert canaries.check(trainer, revised(STUDENT))["sampler_gap"] < 1e-9
+    with pytest.raises(RunError, match="sampler and learner disagree by"):
+        canaries.check(trainer, revised(TEACHER))
+
+
 @every_method
 @pytest.mark.parametrize("fault", [Backwards, OneTokenOff])
 def test_scores_that_reach_the_wrong_tokens_are_found(fault: type[Trainer], method: dict[str, Any]) -> None:

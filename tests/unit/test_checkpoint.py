@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,52 +14,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner import checkpoint
-from learner.model import load_student
 from learner.packing import pack
 from learner.trainer import Trainer
 from orchestrator.run import last_checkpoint
 from potstill.errors import ConfigError, RunError
-from tests.rollouts import random_batch
-from tests.tiny_models import save_tiny_model
-from tests.trainers import SELF_TEACHER, VOCABULARY, make_config, plain_logits, same, take_step, weights_of
+from tests.checkpoints import RUNS, make_trainer, save, save_students, train
+from tests.disks import flip_a_bit
+from tests.trainers import plain_logits, same, weights_of
 
-LORA = {"rank": 2, "alpha": 4.0}
-RUNS: dict[str, dict[str, Any]] = {
-    "all weights": {"method": "opd", "objective": {"support": {"k": 3}}},
-    "adapter": {"method": "opd", "objective": {"support": {"k": 3}}, "student": {"lora": LORA}},
-    "frozen": {"method": "opsd", "teacher": SELF_TEACHER},
-    "ema": {"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "ema"}},
-    "taid": {"method": "taid", "teacher": SELF_TEACHER},
-    "adapter, ema": {"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "ema"}, "student": {"lora": LORA}},
-}
 every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 PROMPT, COMPLETION = [72, 105, 33], [66, 121, 101, 33]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two students, `untied` and `tied`."""
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_model(folder / "untied", seed=0, hidden=32, layers=1)
-    save_tiny_model(folder / "tied", seed=0, hidden=32, layers=1, tie_word_embeddings=True)
-    return folder
-
-
-def make_trainer(model: Path, **run: Any) -> Trainer:
-    config = make_config(**{**run, "student": {"model": str(model), **run.get("student", {})}})
-    return Trainer(config, load_student(config.student, seed=0, device=torch.device("cpu")))
-
-
-def train(trainer: Trainer, first: int, last: int) -> Trainer:
-    for step in range(first, last + 1):
-        batch = random_batch([(3, 4), (1, 3)], vocabulary=VOCABULARY, seed=step)
-        right = [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, reward=1.0)) for s in batch]
-        take_step(trainer, right, step)
-    return trainer
-
-
-def save(trainer: Trainer, folder: Path, model: Path, **extra: Any) -> Path:
-    return checkpoint.save(trainer, folder, card="# A student\n", tokenizer=model, extra=extra)
+    return save_students(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -243,10 +211,19 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.verify(tmp_path)
 
 
-def test_a_checkpoint_is_never_overwritten(saved: Path, models: Path) -> None:
-    with pytest.raises(ConfigError, match="step-000001 exists already"):
-        save(make_trainer(models / "untied"), saved, models / "untied")
-    checkpoint.verify(saved)
+def test_a_sound_checkpoint_is_never_overwritten(saved: Path, models: Path) -> None:
+    before = checkpoint.digest(saved)
+    assert save(make_trainer(models / "untied"), saved, models / "untied", cursor=99) == saved
+    assert checkpoint.digest(saved) == before
+
+
+def test_a_damaged_one_is_set_aside_for_another_and_removed_with_the_old(saved: Path, models: Path) -> None:
+    flip_a_bit(saved / "trainer" / "optimizer.safetensors")
+    trainer = train(make_trainer(models / "untied", **RUNS["all weights"]), 1, 1)
+    checkpoint.verify(save(trainer, saved, models / "untied"))
+    assert {path.name for path in saved.parent.iterdir()} == {"step-000001", "step-000001.damaged"}
+    checkpoint.prune(saved.parent, keep=2)
+    assert [path.name for path in saved.parent.iterdir()] == ["step-000001"]
 
 
 def test_a_save_that_fails_midway_leaves_nothing_visible_and_can_be_repeated(models: Path, tmp_path: Path) -> None:

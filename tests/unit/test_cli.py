@@ -154,11 +154,12 @@ def test_a_probe_says_what_a_teacher_can_be_used_for(place: Path):
     assert "401" in refused.stdout
 
 
-def test_a_probe_of_a_run_needs_a_teacher_that_is_there_and_no_url(place: Path):
-    own = potstill("teacher", "probe", "--config", "run.toml", at=place)
+def test_a_probe_of_a_run_needs_a_teacher_that_is_there_and_is_told_of_none(place: Path):
+    own = potstill("teacher", "probe", "run.toml", at=place)
     assert_one_line(own, 2, "nobody to probe")
-    both = potstill("teacher", "probe", "http://127.0.0.1:1", "--config", "run.toml", at=place)
-    assert_one_line(both, 2, "a URL or --config")
+    both = potstill("teacher", "probe", "run.toml", "--kind", "vllm", at=place)
+    assert_one_line(both, 2, "run.toml names its own teachers")
+    assert_one_line(potstill("teacher", "probe", "nowhere.toml", at=place), 2, "nowhere.toml")
 
 
 def test_an_unknown_command_or_option_is_no_traceback(place: Path):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.buffer import Buffer
 from potstill.config import JsonlData, RunConfig, SamplingConfig
 from potstill.config_file import parse
 from potstill.environments import Environment, open_environment
@@ -22,6 +21,7 @@ from potstill.wire import Ask
 from rollout_worker.actor import receipt_of
 from rollout_worker.collect import Collected, Collector
 from rollout_worker.engine import Completion, GenerationRequest
+from tests.buffers import make_buffer
 from tests.builders_teacher import IDENTITY, failed_scores
 from tests.collectors import collector_of
 from tests.rollouts import make_scores
@@ -363,11 +363,11 @@ async def test_a_snapshots_text_is_of_no_version_and_never_too_old(environment: 
     config = make_config("rollout.beside=teacher", method="soda", source="snapshot")
     collector = make_collector(config, environment, writer=ScriptedEngine(), snapshot=ScriptedEngine())
     collected = await collector.collect(prompts(environment, 1))
-    receipts = [receipt_of(collected, position, collected.scored) for position in (0, 1)]
+    receipts = [receipt_of(collected, n, collected.scored, repetition=math.nan) for n in (0, 1)]
     assert [receipt.oldest_version for receipt in receipts] == [-1, -1]
-    buffer = Buffer(prompts_per_step=1, steps=99, max_staleness=0, max_unscored_fraction=0.0, version=90)
-    await buffer.grant(1)
-    await buffer.put(90, receipts)
+    buffer = make_buffer(B=1, steps=99, S=0, version=90)
+    async with buffer.lease(lambda: 90) as chunk:
+        buffer.put(chunk, [receipts])
     assert (await buffer.batch(91)).receipts == tuple(receipts)
 
 

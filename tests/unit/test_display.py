@@ -84,7 +84,7 @@ def test_every_step_of_a_slow_run_is_one_line():
             display("metrics", {"step": step, **STEP})
     step_lines = [line for line in lines_of(out) if " step " in line]
     assert step_lines[1] == (
-        "0:10 starting step 2/3 reverse KL 0.213 accuracy 61.2% tokens/s 5,120 staleness 0.4 queue 3 0:05 left"
+        "0:10 training step 2/3 reverse KL 0.213 accuracy 61.2% tokens/s 5,120 staleness 0.4 queue 3 0:05 left"
     )
     assert len(step_lines) == 3
 
@@ -113,14 +113,14 @@ def test_lines_of_steps_are_aligned_whatever_is_missing():
 def test_a_missing_number_is_a_dash_and_never_zero():
     display, out, _ = plain()
     display("metrics", {"step": 1, "reverse_kl": None, "accuracy": float("nan")})
-    assert lines_of(out)[-1] == "0:00 starting step 1/3 reverse KL – accuracy – tokens/s – staleness – queue –"
+    assert lines_of(out)[-1] == "0:00 training step 1/3 reverse KL – accuracy – tokens/s – staleness – queue –"
 
 
 def test_evaluations_warnings_and_failures_are_lines_of_their_own():
     display, out, _ = plain()
     display("event", event("eval.finished", stage="before", accuracy=0.125))
     display("event", event("weights.published", "version 1"))
-    display("event", event("teacher.slow", "the teacher is slow", level="warning"))
+    display("event", event("teacher.slow", "the teacher is slow", level="warn"))
     display("event", event("run.failed", "loss is NaN", level="error"))
     text = out.getvalue()
     assert "held-out accuracy 12.5%, before" in text
@@ -218,7 +218,7 @@ def test_the_panel_keeps_its_height_and_fits_80_columns():
 
 def test_markup_and_escape_codes_in_a_record_are_shown_as_text():
     display, _ = live()
-    display("event", event("warned", "[bold]not bold[/] \x1b[2J\nsecond line", level="warning"))
+    display("event", event("warned", "[bold]not bold[/] \x1b[2J\nsecond line", level="warn"))
     picture = panel_of(display)
     assert "[bold]not bold[/]" in picture
     assert "\x1b" not in picture
@@ -239,7 +239,7 @@ def test_a_closed_output_ends_the_display_and_not_the_run(num_lines):
     out = ClosedPipe(num_lines)
     with make_display(50, "a run", file=out, clock=Clock()) as display:
         for step in range(1, 51):
-            display("event", event("run.warned", f"warning {step}", level="warning"))
+            display("event", event("run.warned", f"warning {step}", level="warn"))
             display("metrics", {"step": step, **STEP})
     assert len(out.getvalue().splitlines()) <= num_lines
 
@@ -270,7 +270,7 @@ import sys
 from potstill.display import make_display
 with make_display(None, "a run", file=sys.stdout) as display:
     for step in range(2000):
-        display("event", {"type": "x", "level": "warning", "message": "x" * 100, "data": {}})
+        display("event", {"type": "x", "level": "warn", "message": "x" * 100, "data": {}})
 print("the run went on", file=sys.stderr)
 """
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -295,7 +295,8 @@ def test_swing_heats_the_teacher_by_how_private_a_token_is() -> None:
     check_paper("swing", lambda z: mean_over_tokens(lambda n: loss(z, n)), privacy=privacy, **distribution(TEACHER))
 
 
-def test_dac_kl_drops_what_is_outside_the_teachers_nucleus_on_both_sides() -> None:
+@pytest.mark.parametrize("name", ["dac_kl", "dac_kl_scrg"])
+def test_dac_kl_drops_what_is_outside_the_teachers_nucleus_on_both_sides(name: str) -> None:
     def kept(n: int) -> list[int]:
         held, ids = 0.0, []
         for v in sorted(range(V), key=lambda v: -TEACHER[n, v]):
@@ -309,7 +310,7 @@ def test_dac_kl_drops_what_is_outside_the_teachers_nucleus_on_both_sides() -> No
         return kl(softmax([TEACHER[n, v] for v in kept(n)]), softmax([z[n, v] for v in kept(n)]))
 
     assert len({len(kept(n)) for n in range(N)}) > 1
-    check_paper("dac_kl", lambda z: mean_over_tokens(lambda n: loss(z, n)))
+    check_paper(name, lambda z: mean_over_tokens(lambda n: loss(z, n)))
 
 
 def test_first_calibrates_the_teachers_top_and_compares_it_with_the_students_share_of_it() -> None:

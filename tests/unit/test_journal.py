@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from potstill.errors import ConfigError, NonFinite
-from potstill.journal import Journal, Status, read_jsonl, write_atomically, write_json
+from potstill.journal import Journal, Status, read_jsonl, steps_in, write_atomically, write_json
 
 
 def test_records_are_numbered_without_gaps_in_each_stream(tmp_path: Path):
@@ -43,6 +43,24 @@ def test_a_log_that_is_not_there_is_empty(tmp_path: Path):
     assert list(read_jsonl(tmp_path / "none.jsonl")) == []
 
 
+def test_a_step_that_was_done_again_counts_as_it_was_last(tmp_path: Path):
+    journal = Journal(tmp_path)
+    for attempt, steps in enumerate([(1, 2, 3, 4), (3,), (3, 4, 5), (5,)]):
+        for step in steps:
+            journal.metrics(step, {"attempt": attempt})
+    assert [(record["step"], record["attempt"]) for record in steps_in(tmp_path)] == [
+        (1, 0), (2, 0), (3, 2), (4, 2), (5, 3),
+    ]  # fmt: skip
+
+
+def test_a_run_that_went_back_has_not_done_what_it_undid(tmp_path: Path):
+    journal = Journal(tmp_path)
+    for step in (1, 2, 3, 4, 5, 3):
+        journal.metrics(step, {})
+    assert [record["step"] for record in steps_in(tmp_path)] == [1, 2, 3]
+    assert steps_in(tmp_path / "none") == []
+
+
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path):
     first = Journal(tmp_path)
     first.event("run.started", "one")
@@ -50,6 +68,53 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path):
     with pytest.raises(ConfigError, match="already holds a run"):
         Journal(tmp_path)
     assert len(list(read_jsonl(tmp_path / "events.jsonl"))) == 1
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path):
+    with pytest.raises(ConfigError, match="holds no run to resume: start it without --resume"):
+        Journal(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_resumed_run_goes_on_numbering_where_it_was_cut_off(tmp_path: Path):
+    first = Journal(tmp_path)
+    for step in (1, 2):
+        first.event("step.finished", f"step {step}")
+        first.metrics(step, {"loss": 1.0})
+        first.trained(step, [f"train-{step}"])
+        first.sample({"step": step})
+    first.status(Status.CANCELLED)
+    first.close()
+    logs = [tmp_path / f"{name}.jsonl" for name in ("events", "metrics", "ledger", "samples")]
+    for log in logs:
+        with log.open("a") as file:
+            file.write('{"seq":3,"cut off in the mid')
+    second = Journal(tmp_path, resume=True)
+    assert second.num_steps == 2
+    second.event("run.resumed", "from step 2")
+    second.metrics(3, {"loss": 1.0})
+    second.trained(3, ["train-3"])
+    second.sample({"step": 3})
+    second.status(Status.STARTING)
+    second.close()
+    assert [record["seq"] for log in logs[:2] for record in read_jsonl(log)] == [1, 2, 3] * 2
+    assert [record["step"] for log in logs[1:] for record in read_jsonl(log)] == [1, 2, 3] * 3
+    assert all(log.read_text().endswith("}\n") for log in logs)
+    assert second.num_steps == 3
+
+
+def test_a_run_that_was_killed_before_its_first_step_can_be_resumed(tmp_path: Path):
+    (tmp_path / "events.jsonl").write_text('{"seq":1,"ty')
+    journal = Journal(tmp_path, resume=True)
+    journal.event("run.started", "one")
+    assert [record["seq"] for record in read_jsonl(tmp_path / "events.jsonl")] == [1]
+
+
+def test_what_is_logged_can_be_made_to_survive_a_power_cut(tmp_path: Path):
+    journal = Journal(tmp_path)
+    journal.metrics(1, {})
+    journal.sync()
+    assert [record["step"] for record in steps_in(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("last", [Status.SUCCEEDED, Status.FAILED, Status.CANCELLED])

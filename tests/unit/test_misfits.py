@@ -16,12 +16,25 @@ from potstill.misfits import misfits
 from potstill.planner import check_teacher
 from potstill.wire import Capabilities
 from tests.builders_teacher import IDENTITY
-from tests.teacher_tables import ADVISED, LOCAL, NONE, OPENAI, SELF, SERVED_HERE, SERVER, SEVERAL, VLLM, offering
+from tests.teacher_tables import (
+    ADVISED,
+    COMPLETIONS,
+    LOCAL,
+    NONE,
+    OPENAI,
+    SELF,
+    SERVED_HERE,
+    SERVER,
+    SEVERAL,
+    VLLM,
+    offering,
+)
 
 WEIGHED = {**LOCAL, "models": [{"model": "models/a"}, {"model": "models/b"}], "learn_weights": 0.1}
 RANKS = {**OPENAI, "ranks": "likeness"}
 SAMPLES = "rollout.samples_per_prompt=4"
 SNAPSHOT = "rollout.source=snapshot"
+REVISION = "rollout.source=revision"
 REFERENCE = "rollout.source=reference"
 BESIDE = "rollout.beside=teacher"
 VERIFIED = "data.verifier=exact"
@@ -126,6 +139,11 @@ def several(**member: Any) -> dict[str, Any]:
             ("soda", OPENAI, SNAPSHOT, BESIDE, SAMPLES),
         ),
         (
+            ("gad", OPENAI, BESIDE, SAMPLES, "learner.ranks=2"),
+            'judge "discriminator" learns in one process: learner.ranks = 1',
+            ("gad", OPENAI, BESIDE, SAMPLES),
+        ),
+        (
             ("ranked_preference", RANKS),
             "teacher.ranks puts completions of one prompt in order",
             ("ranked_preference", RANKS, SAMPLES),
@@ -149,6 +167,27 @@ def several(**member: Any) -> dict[str, Any]:
             ("opd", SERVER, "objective.support.k=200"),
             "objective.support.k is 200: a teacher server sends at most 128",
             ("opd", LOCAL, "objective.support.k=200"),
+        ),
+        (
+            ("dac_kl_scrg", LOCAL, REVISION),
+            'rollout.source = "revision" asks the teacher which token to replace',
+            ("dac_kl_scrg", SERVED_HERE, REVISION),
+        ),
+        (("gkd_topk", COMPLETIONS, REVISION), 'kind = "server", "vllm" or "several"', ("gkd_topk", VLLM, REVISION)),
+        (
+            ("cross_tokenizer", {**SERVER, "tokenizer": "models/t"}, REVISION),
+            "with the student's tokenizer",
+            ("first", SERVER, REVISION),
+        ),
+        (
+            ("opd_sampled", SERVER, REVISION),
+            "method 'opd_sampled', term 'main', counts on the student's own draws",
+            ("opd", SERVER, REVISION),
+        ),
+        (
+            ("opd", SERVER, REVISION, "objective.correction=truncated"),
+            "has tokens that nobody sampled, and method 'opd'",
+            ("opd", SERVER, REVISION),
         ),
         (
             ("opd", SERVER, *ADAPTIVE, "rollout.adaptive.capacity=9"),
@@ -209,3 +248,12 @@ def test_a_teacher_that_was_met_and_cannot_serve_is_refused_with_what_it_can(abl
     assert found
     for name in found[1].split(", ") if found.groups() else ():
         assert PRESETS[name].objective.tier <= able.tier
+
+
+@pytest.mark.parametrize("short", [{"tier": Tier.TOPK}, {"max_top_k": 31}])
+def test_a_teacher_that_cannot_say_where_to_revise_is_refused(short: dict[str, int]):
+    check_teacher(make_config("gkd_topk", VLLM, REVISION), offering(IDENTITY))
+    with pytest.raises(
+        PlanError, match=r"asks for log-probs of rollout\.revision_k = 32 ids .* offers \w+ and at most"
+    ):
+        check_teacher(make_config("gkd_topk", VLLM, REVISION), offering(IDENTITY, **short))

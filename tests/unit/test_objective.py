@@ -18,7 +18,7 @@ from potstill.algebra.objective import Objective
 from potstill.errors import NonFinite
 from potstill.methods import PRESETS
 from potstill.types import ScoredRollout
-from tests.golden import evaluate, make_facts
+from tests.golden import distribution, evaluate, make_facts
 from tests.rollouts import random_batch
 from tests.trainers import (
     PLAIN,
@@ -138,6 +138,13 @@ LOOKED_UP = {
 }
 """What a teacher behind HTTP says of one token, whose student kept the ids 1 and 2."""
 
+LOOKED_UP_HALF = {
+    "support_ids": torch.tensor([[0]] * 4),
+    "teacher_support": torch.tensor([[0.5]] * 4).double().log(),
+    "teacher_rest": torch.tensor([0.5] * 4).double().log(),
+}
+"""The same of four tokens, of two outcomes each."""
+
 
 def test_measures_of_a_top_k_are_those_of_the_definitions() -> None:
     logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).double().log()
@@ -146,8 +153,46 @@ def test_measures_of_a_top_k_are_those_of_the_definitions() -> None:
     assert loss == pytest.approx(expected)
     assert tally.sums["reverse_kl"].item() == pytest.approx(expected)
     assert tally.sums["captured_mass"].item() == pytest.approx(0.6)
+    assert tally.sums["captured_mass_teacher"].item() == pytest.approx(0.75)
+    assert tally.sums["overlap"].item() == pytest.approx(0.2 + 0.25 + 0.25)
+    assert tally.sums["teacher_entropy"].item() == pytest.approx(-sum(p * math.log(p) for p in (0.5, 0.25, 0.25)))
     assert tally.sums["entropy"].item() == pytest.approx(-sum(q * math.log(q) for q in (0.1, 0.2, 0.3, 0.4)))
     assert tally.counts["entropy"] == 1
+
+
+@pytest.mark.parametrize("rest", ["renorm", "partial"])
+def test_what_lies_outside_a_top_k_is_measured_where_the_loss_does_not_see_it(rest: str) -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).double().log()
+    blind = Objective.model_validate({**OPD.chosen(), "support": {"kind": "student_topk", "k": 2, "rest": rest}})
+    _, _, tally = evaluate(blind, logits, make_facts([1], token_ids=[1], **LOOKED_UP))
+    assert tally.sums["captured_mass"].item() == pytest.approx(0.6)
+    assert tally.sums["captured_mass_teacher"].item() == pytest.approx(0.75)
+    assert "reverse_kl" not in tally.sums
+
+
+def test_a_teacher_inside_the_learner_is_measured_over_the_whole_vocabulary() -> None:
+    q, p = torch.tensor([[0.1, 0.9]]).double(), torch.tensor([[0.5, 0.5]]).double()
+    _, _, tally = evaluate(PRESETS["opsd"].objective, q.log(), make_facts([1], token_ids=[1], **distribution(p.log())))
+    assert tally.sums["overlap"].item() == pytest.approx(0.6)
+    assert tally.sums["teacher_entropy"].item() == pytest.approx(math.log(2))
+    assert "captured_mass" not in tally.sums
+
+
+def test_a_step_says_how_far_the_student_is_from_what_sampled_its_text() -> None:
+    """Two tokens of the very student, one of two versions ago, one that nobody sampled."""
+    logits = torch.tensor([[0.5, 0.5]] * 4).double().log()
+    sampled = torch.tensor([0.5, 0.25, 0.25, math.nan]).double().log()
+    facts = make_facts([4], token_ids=[0] * 4, behaviour=sampled, age=torch.tensor([0, 0, 2, -1]), **LOOKED_UP_HALF)
+    _, _, tally = evaluate(OPD, logits, facts)
+    assert (tally.sums["sampler_gap"].item(), tally.counts["sampler_gap"]) == (pytest.approx(math.log(2)), 2)
+    assert (tally.sums["staleness_kl"].item(), tally.counts["staleness_kl"]) == (pytest.approx(1 - math.log(2)), 1)
+
+
+def test_text_that_the_student_did_not_write_has_no_distance_from_its_sampler() -> None:
+    said = {"behaviour": torch.tensor([math.nan]).double(), "age": torch.tensor([-1])}
+    facts = make_facts([1], token_ids=[0], origins=["others"], **said)
+    _, _, tally = evaluate(PRESETS["sft"].objective, torch.zeros(1, 2).double(), facts)
+    assert tally.sums.keys() == {"entropy"}
 
 
 def test_measures_of_the_sampled_token_are_those_of_the_definitions() -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
 
@@ -95,12 +95,12 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n"
 
 def endpoint(
     url: str, *, deadline_s: float = 5.0, concurrency: int = 4, failures_to_open: int = 50, cool_down_s: float = 0.3
-) -> Endpoint:
+) -> AbstractAsyncContextManager[Endpoint]:
     policy = CallPolicy(
         deadline_s=deadline_s, concurrency=concurrency, failures_to_open=failures_to_open, cool_down_s=cool_down_s
     )
     headers = {"authorization": SecretStr(f"Bearer {SECRET}")}
-    return Endpoint(url=url, headers=headers, guard=Guard(LOOPBACK), policy=policy)
+    return aclosing(Endpoint(url=url, headers=headers, guard=Guard(LOOPBACK), policy=policy))
 
 
 async def call(one: Endpoint, *, limit_bytes: int = 1000) -> Answer:
@@ -327,7 +327,7 @@ async def test_an_address_that_may_not_be_called_is_refused_without_a_second_try
 
     policy = CallPolicy(deadline_s=5.0, concurrency=1, failures_to_open=1, cool_down_s=60.0)
     guard = Guard((), resolve=flips)
-    async with Endpoint(url="https://teacher.example", headers={}, guard=guard, policy=policy) as one:
+    async with aclosing(Endpoint(url="https://teacher.example", headers={}, guard=guard, policy=policy)) as one:
         with pytest.raises(TargetRefused):
             await call(one)
         assert (one.traffic.requests, one.breaker.state) == (1, "closed")

@@ -66,7 +66,7 @@ def test_padded_rows_grow_as_unpadded_texts_do(model: torch.nn.Module, kind: str
     if kind == "packed":
         assert can_decode(model.config, "float32")
         decoder = PackedDecoder(model.config, max_model_len=32)
-        decoder.load(checkpoint(model))
+        decoder.swap(decoder.prepare(checkpoint(model)))
     else:
         model.save_pretrained(tmp_path)
         decoder = ModelDecoder(tmp_path, model.config, "float32")
@@ -93,7 +93,7 @@ def test_prompts_too_long_for_one_mask_are_read_in_parts() -> None:
     config = Qwen3Config(**SHAPE | {"max_position_embeddings": 4096, "num_hidden_layers": 1}, head_dim=24)
     model = random_model(config)
     decoder = PackedDecoder(config, max_model_len=width + 1)
-    decoder.load(checkpoint(model))
+    decoder.swap(decoder.prepare(checkpoint(model)))
     ids = torch.randint(0, 150, (5, width))
     _, logits = decoder.prefill(ids, torch.ones_like(ids, dtype=torch.bool), 1)
     torch.testing.assert_close(logits[[0, 4]], model(ids[[0, 4]]).logits[:, -1], atol=5e-6, rtol=1e-5)
@@ -102,17 +102,19 @@ def test_prompts_too_long_for_one_mask_are_read_in_parts() -> None:
 def test_missing_and_unknown_tensors_are_named_and_nothing_is_replaced() -> None:
     model = random_model(CONFIGS["qwen2-bias"])
     decoder = PackedDecoder(model.config, max_model_len=32)
-    decoder.load(checkpoint(model))
+    decoder.swap(decoder.prepare(checkpoint(model)))
     ids = torch.tensor([[3, 1, 4]])
     real = torch.ones_like(ids, dtype=torch.bool)
     _, before = decoder.prefill(ids, real, 1)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in checkpoint(model).items()}
     with pytest.raises(WeightsError, match=r"model\.norm\.weight is missing"):
-        decoder.load({name: tensor for name, tensor in zeros.items() if name != "model.norm.weight"})
+        decoder.prepare({name: tensor for name, tensor in zeros.items() if name != "model.norm.weight"})
     with pytest.raises(WeightsError, match=r"does not have: model\.extra"):
-        decoder.load(zeros | {"model.extra": torch.zeros(1)})
+        decoder.prepare(zeros | {"model.extra": torch.zeros(1)})
     with pytest.raises(WeightsError, match="some but not all"):
-        decoder.load({name: tensor for name, tensor in zeros.items() if not name.endswith("0.self_attn.k_proj.bias")})
+        decoder.prepare(
+            {name: tensor for name, tensor in zeros.items() if not name.endswith("0.self_attn.k_proj.bias")}
+        )
     _, after = decoder.prefill(ids, real, 1)
     assert torch.equal(before, after)
 

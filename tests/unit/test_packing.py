@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from learner.aggregation import Denominators
 from learner.attention import Layout, packed_attention
-from learner.packing import pack, plan_micro_batches
+from learner.packing import pack, plan_micro_batches, share
 from learner.trainer import totals
 from potstill.types import ScoredRollout
 from tests.rollouts import random_batch
@@ -225,3 +225,18 @@ def test_a_denominator_of_part_of_the_step_is_refused() -> None:
         loss_and_gradient(
             make_trainer(method="sft"), batch, {"others": Denominators(num_loss_tokens=4, num_sequences=2)}
         )
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=20), num_ranks=st.integers(1, 5))
+def test_ranks_share_all_sequences_and_none_has_more_than_the_longest_beyond_another(
+    lengths: list[int], num_ranks: int
+) -> None:
+    shares = share(lengths, num_ranks=num_ranks)
+    assert len(shares) == num_ranks
+    assert sorted(index for indices in shares for index in indices) == list(range(len(lengths)))
+    held = [sum(lengths[i] for i in indices) for indices in shares]
+    assert max(held) - min(held) <= max(lengths, default=0)
+
+
+def test_one_rank_has_everything_in_its_order() -> None:
+    assert share([2, 9, 4], num_ranks=1) == [[0, 1, 2]]

@@ -6,28 +6,34 @@ A whole run of real parts in one process; only the learner is a stand-in that le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.patience import Patience
 from orchestrator.report import write_report
+from orchestrator.roster import Worker
 from orchestrator.run import execute
 from orchestrator.teachers import Faculty
+from potstill import bundles, spool
 from potstill.config import RunConfig
 from potstill.config_file import parse
 from potstill.errors import TeacherError
+from potstill.fencing import Fence
 from potstill.journal import Journal
-from potstill.types import Prompt, Receipt, StepBatch, StepReport
+from potstill.types import Bundle, Prompt, Receipt, StartingPoint, StepBatch, StepReport, WeightsVersion
 from rollout_worker.actor import described, receipt_of
 from rollout_worker.opening import Opened, open_worker
 from tests.chat_server import chat_server, says
 from tests.endpoints import Said
 from tests.tiny_models import save_tiny_model
 
+FOREVER_S = 3600.0
 ANSWER, SOLUTION = "CANARY-answer-of-the-data-4711", "CANARY-solution-of-the-data-4712"
 TEMPLATE, ADVICE = "CANARY-text-of-the-template-4713", "CANARY-advice-of-the-box-4714"
 CANARIES = (ANSWER, SOLUTION, TEMPLATE, ADVICE)
@@ -36,18 +42,35 @@ CANARIES = (ANSWER, SOLUTION, TEMPLATE, ADVICE)
 class Crew:
     """One rollout worker in this process, and a learner that learns nothing."""
 
-    num_workers, share = 1, 2
+    calls = 1
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, fence: Fence, patience: Patience) -> None:
         self._opened = opened
+        self._fence = fence
+        self._patience = patience
+        self._checkpoints: list[str] = []
 
-    async def rollout(self, worker: int, prompts: Sequence[Prompt]) -> list[list[Receipt]]:
-        collected = await self._opened.collector.collect(prompts)
-        receipts = [receipt_of(collected, place, collected.scored) for place in range(len(collected.scored))]
-        return [[receipt for receipt in receipts if receipt.prompt_id == prompt.id] for prompt in prompts]
+    async def arrivals(self) -> AsyncIterator[Worker]:
+        yield Worker(number=0, actor=None, version=0)
+        await asyncio.sleep(FOREVER_S)
 
-    async def teacher_lost(self) -> None:
-        await asyncio.sleep(3600)
+    async def rollout(self, worker: Worker, chunk: range, prompts: Sequence[Prompt]) -> list[list[Receipt]]:
+        collected = await self._patience.wait_out(lambda: self._opened.collector.collect(prompts))
+        bundle = Bundle(ref=None, path=str(spool.path_of(self._fence.folder / "rollouts", chunk)))
+        receipts = [receipt_of(collected, n, bundle, repetition=1.0) for n in range(len(collected.scored))]
+        groups = [[receipt for receipt in receipts if receipt.prompt_id == prompt.id] for prompt in prompts]
+        written = dict(zip(chunk, groups, strict=True))
+        spool.write(self._fence.folder / "rollouts", collected.scored, written, self._fence)
+        return groups
+
+    async def follow(self, worker: Worker) -> None:
+        await asyncio.sleep(FOREVER_S)
+
+    async def pulse(self, worker: Worker) -> None:
+        await asyncio.sleep(FOREVER_S)
+
+    async def watch(self) -> None:
+        await asyncio.sleep(FOREVER_S)
 
     async def step(self, batch: StepBatch) -> StepReport:
         self._step = batch.step
@@ -60,26 +83,32 @@ class Crew:
         return [await self._opened.collector.evaluate(prompts, who)]
 
     async def describe(self, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
-        return [described(r.bundle[r.position], self._opened.tokenizer.decode) for r in receipts]
+        return [described(scored, self._opened.tokenizer.decode) for scored in bundles.rollouts(receipts)]
 
     async def spent(self) -> dict[str, Any]:
         return {"worker-0": self._opened.spent()}
 
     async def save(self, folder: Path, *, card: str, extra: Mapping[str, Any]) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "card.md").write_text(card + json.dumps(extra))
+        self._checkpoints.append(str(folder))
+
+    async def saved(self) -> list[str]:
+        return self._checkpoints
 
 
 class Site:
-    _opened: Opened | None = None
-
-    async def open(self, config: RunConfig, faculty: Faculty) -> Crew:
-        self._opened = await open_worker(config, faculty.accesses, faculty.met, 0)
-        return Crew(self._opened)
-
-    async def close(self) -> None:
-        if self._opened is not None:
-            await self._opened.close()
+    @contextlib.asynccontextmanager
+    async def open(
+        self, config: RunConfig, faculty: Faculty, fence: Fence, journal: Journal
+    ) -> AsyncIterator[tuple[Crew, StartingPoint]]:
+        opened = await open_worker(config, faculty.accesses, faculty.met, 0)
+        version = WeightsVersion(version=0, digest="", checksums=(), tensors=(), payload=None)
+        try:
+            crew = Crew(opened, fence, Patience(journal, limit_s=config.loop.teacher_wait_s))
+            yield crew, StartingPoint(published=version, extra={}, damaged=())
+        finally:
+            await opened.close()
 
 
 def make_config(folder: Path, url: str) -> RunConfig:
@@ -102,7 +131,7 @@ def make_config(folder: Path, url: str) -> RunConfig:
                 "sampling": {"max_new_tokens": 3},
             },
             "optim": {"lr": 1e-4},
-            "loop": {"steps": 2, "max_staleness": 1},  # its learner never gives it new weights
+            "loop": {"steps": 2, "max_staleness": 1, "teacher_wait_s": 0},  # its learner never gives it new weights
             "eval": {"items": 2},
         }
     )
@@ -112,12 +141,11 @@ async def run(folder: Path, answer: Any) -> tuple[Path, list[str]]:
     """The run's folder, and what the advisor was asked."""
     with chat_server(answer) as server:
         config = make_config(folder, server.url)
-        journal, site = Journal(folder / "runs" / "one"), Site()
+        journal = Journal(folder / "runs" / "one")
         try:
-            await execute(config, site, journal)
+            await execute(config, Site(), journal)  # type: ignore[arg-type]
         finally:
             journal.close()
-            await site.close()
             write_report(journal.folder)
     return journal.folder, server.questions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,13 @@ async def test_a_kind_is_recognised_by_its_routes(routes: dict[str, Any], kind: 
         return (200, routes[path]) if path in routes else (404, {})
 
     with scripted(answer) as server:
-        async with endpoint(server.url) as other:
+        async with aclosing(endpoint(server.url)) as other:
             assert await kind_of(other) == kind
 
 
 async def test_a_wrong_key_is_told_from_a_foreign_kind():
     with scripted(lambda path, asked: (401, {"message": "no"})) as server:
-        async with endpoint(server.url) as other:
+        async with aclosing(endpoint(server.url)) as other:
             with pytest.raises(TeacherRefused, match="401"):
                 await kind_of(other)
 

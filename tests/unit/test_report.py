@@ -355,6 +355,13 @@ def test_the_first_and_the_last_rollouts_are_chosen():
     assert heatmap.choose([1, 2]) == [1, 2]
 
 
+def test_a_step_that_was_done_again_is_drawn_once(tmp_path):
+    run = make_run(tmp_path / "run", num_steps=4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"step": step, "reverse_kl": 0.5}) + "\n" for step in (3, 4)))
+    assert list(series(read_folder(run).metrics, "step", "reverse_kl").x) == [1, 2, 3, 4]
+
+
 def test_labels_that_would_overlap_are_moved_apart_and_the_others_stay():
     assert plots.spread([0.1, 0.5, 0.52], 0.1) == pytest.approx([0.1, 0.5, 0.6])
 

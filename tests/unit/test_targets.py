@@ -157,7 +157,7 @@ def two_scored() -> list[ScoredRollout]:
     ("objective", "expected"),
     [
         (SFT, {}),
-        (SAMPLED, {"behaviour": [-0.4, -0.5], "teacher": [-1.4, -1.5]}),
+        (SAMPLED, {"teacher": [-1.4, -1.5]}),
         (
             STUDENT_TOPK,
             {
@@ -181,7 +181,7 @@ def two_scored() -> list[ScoredRollout]:
 )
 def test_facts_are_what_the_objective_reads_of_the_kept_tokens(objective: Objective, expected: dict[str, Any]) -> None:
     found = gathered(two_scored(), [[False, True], [True]], objective)
-    always = {"token_ids": [4, 5], "positions": [1, 0], "origin": [0, 0]}
+    always = {"token_ids": [4, 5], "positions": [1, 0], "origin": [0, 0], "behaviour": [-0.4, -0.5], "age": [0, 0]}
     filled = {f.name: v.tolist() for f in fields(Facts) if isinstance(v := getattr(found, f.name), torch.Tensor)}
     assert filled == {**always, **expected}
     assert (found.lengths, found.prompts, found.domains) == ((1, 1), ("a", "b"), ("test", "test"))

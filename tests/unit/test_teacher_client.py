@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -128,7 +128,7 @@ def endpoint(url: str, *, deadline_s: float, concurrency: int) -> Endpoint:
 async def ask(
     teacher: ScriptedTeacher, *items: Any, deadline_s: float = 5.0, expect: Any = IDENTITY
 ) -> list[TeacherScores]:
-    async with TeacherClient(endpoint(teacher.url, deadline_s=deadline_s, concurrency=2)) as client:
+    async with aclosing(TeacherClient(endpoint(teacher.url, deadline_s=deadline_s, concurrency=2))) as client:
         return await client.score(items or (ITEM,), EVERYTHING, expect)
 
 
@@ -159,7 +159,7 @@ async def test_a_large_batch_is_split_under_the_servers_limits_and_put_together_
 
 async def test_no_items_ask_nothing():
     with scripted(sound) as teacher:
-        async with TeacherClient(endpoint(teacher.url, deadline_s=5.0, concurrency=1)) as client:
+        async with aclosing(TeacherClient(endpoint(teacher.url, deadline_s=5.0, concurrency=1))) as client:
             assert await client.score([], EVERYTHING, None) == []
     assert teacher.asked == []
 
@@ -266,7 +266,7 @@ async def test_a_teacher_that_hangs_is_unavailable_at_the_deadline():
 
 
 async def test_a_teacher_that_is_not_there_is_unavailable():
-    async with TeacherClient(endpoint("http://127.0.0.1:9", deadline_s=0.6, concurrency=1)) as client:
+    async with aclosing(TeacherClient(endpoint("http://127.0.0.1:9", deadline_s=0.6, concurrency=1))) as client:
         with pytest.raises(TeacherUnavailable, match="ConnectError"):
             await client.capabilities()
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from potstill.errors import StaleWeights, WeightsError
 from potstill.types import TensorEntry, WeightsVersion
-from potstill.weights import ALIGNMENT, check_fits, check_newer, pack, shapes_in, unpack
+from potstill.weights import ALIGNMENT, BUCKET_BYTES, check_fits, check_newer, pack, shapes_in, unpack
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -59,6 +59,24 @@ def test_unpacking_copies_nothing_and_every_view_is_aligned() -> None:
     assert all(entry.offset % ALIGNMENT == 0 for entry in version.tensors)
 
 
+def test_tensors_larger_than_a_bucket_and_gaps_at_its_edge_are_packed_over_whatever_was_in_the_buffer() -> None:
+    half = BUCKET_BYTES // 2
+    sent = {
+        "first": np.arange(half // 4, dtype=np.float32),
+        "edge": np.ones(half // 2 - 1, np.uint16),  # its gap ends where the bucket does
+        "large": np.arange(2 * BUCKET_BYTES // 4 + 5, dtype=np.float32),
+        "nothing": np.zeros((0, 3), np.float32),
+    }
+    version, payload = pack(sent, 1, room=lambda nbytes: np.full(nbytes, 255, np.uint8))
+    assert len(version.checksums) == 4
+    received = unpack(version, payload)
+    assert all((received[name] == tensor).all() for name, tensor in sent.items())
+    assert pack(sent, 1)[0] == version
+    payload[BUCKET_BYTES + 7] ^= 1
+    with pytest.raises(WeightsError, match="1 of 4 buckets differs, first of bucket 1"):
+        unpack(version, payload)
+
+
 def test_the_table_says_bfloat16_for_the_bits_that_numpy_holds_as_uint16() -> None:
     version, _ = pack(tensors(), 1)
     assert {entry.name: entry.dtype for entry in version.tensors}["bits"] == "bfloat16"
@@ -69,20 +87,20 @@ def test_the_table_says_bfloat16_for_the_bits_that_numpy_holds_as_uint16() -> No
 def test_one_flipped_bit_is_named_as_a_checksum_that_differs(position: int) -> None:
     version, payload = pack(tensors(), 1)
     payload[position] ^= 1
-    with pytest.raises(WeightsError, match="sha256"):
+    with pytest.raises(WeightsError, match="checksum of 1 of 1 buckets"):
         unpack(version, payload)
 
 
 @pytest.mark.parametrize("fields", [{"name": "other"}, {"dtype": "bfloat16", "shape": (5, 6)}, {"shape": (3, 5)}])
 def test_a_table_that_was_changed_is_damage_even_where_the_bytes_are_whole(fields: dict[str, object]) -> None:
     version, payload = pack(tensors(), 1)
-    with pytest.raises(WeightsError, match="sha256"):
+    with pytest.raises(WeightsError, match="table is not the one"):
         unpack(changed(version, 0, **fields), payload)
 
 
 def test_the_bytes_of_one_version_are_not_accepted_as_another() -> None:
     version, payload = pack(tensors(), 1)
-    with pytest.raises(WeightsError, match="sha256"):
+    with pytest.raises(WeightsError, match="table is not the one"):
         unpack(dataclasses.replace(version, version=2), payload)
 
 
@@ -148,6 +166,14 @@ def test_weights_fit_when_names_shapes_and_dtype_are_the_students() -> None:
             check_fits(version, shapes, dtype)
 
 
+def test_weights_that_were_rounded_on_their_way_fit_what_they_were_rounded_from() -> None:
+    rounded, _ = pack({"a": np.zeros(3, np.uint16)}, 1, rounded=True)
+    check_fits(rounded, {"a": (3,)}, "float32")
+    exact, _ = pack({"a": np.zeros(3, np.uint16)}, 1)
+    with pytest.raises(WeightsError, match="a is bfloat16"):
+        check_fits(exact, {"a": (3,)}, "float32")
+
+
 def test_shapes_come_from_every_file_of_a_folder_without_a_tied_head(tmp_path: Path) -> None:
     save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "model-1.safetensors")
     save_file({"lm_head.weight": np.zeros((4, 1), np.float32)}, tmp_path / "model-2.safetensors")
@@ -165,4 +191,4 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_an_empty_table_is_refused() -> None:
     empty: tuple[TensorEntry, ...] = ()
     with pytest.raises(WeightsError, match="empty"):
-        unpack(WeightsVersion(version=1, sha256="", tensors=empty, payload=None), np.zeros(0, np.uint8))
+        unpack(WeightsVersion(version=1, digest="", checksums=(), tensors=empty, payload=None), np.zeros(0, np.uint8))

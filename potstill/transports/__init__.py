@@ -1,0 +1,44 @@
+"""How the bytes of a weights version get from one learner to many workers: one file a way, one interface for all.
+
+    learner   publisher.publish(tensors, n)  ──►  WeightsVersion n, its payload a small slip that travels by any message
+    worker    version.payload.open(kept)     ──►  the bytes, read-only; potstill/weights.py checks and unpacks them
+
+No file here knows a model or a checksum, and none imports torch. Ray is imported by those who use its object store,
+when they do. What is opened stays as it is for as long as the array, or a view into it, lives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from potstill.weights import Bytes
+
+Kept = dict[str, Any]
+"""A receiver's own memory between two versions, empty at first: mappings, and what a delta is laid over."""
+
+
+class Payload(Protocol):
+    """A small picklable slip that knows where its bytes are."""
+
+    def open(self, kept: Kept) -> Bytes:
+        """The bytes [num_bytes], read-only. Blocks; may be called in any thread, one at a time with the same `kept`.
+
+        Raises StaleWeights when they are no longer kept: the newest version has taken their place.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """The sending side of one way. Used by one thread at a time."""
+
+    def room(self, nbytes: int) -> Bytes:
+        """Where the next version is to be written. Raises WeightsError when there is no room for so many bytes."""
+        ...
+
+    def send(self, payload: Bytes, version: int) -> Payload:
+        """Let receivers have what was written to the room. The room belongs to the transport again."""
+        ...
+
+    def close(self) -> None:
+        """Free what was sent. What receivers have open stays theirs."""
+        ...
