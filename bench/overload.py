@@ -5,7 +5,7 @@
 Without a folder it is the teacher of bench.teacher, 23.6M parameters. First one request after another, which gives the
 server's capacity; then requests on a clock, `times` as many per second, sent whatever comes back. Beside them /livez is
 asked every 50 ms. Prints JSON. Requests that found no free connection of CONNECTIONS are counted as not sent, so that
-the load really offered is known. The load comes from this process, which shares the machine with the server: its figures
+the load really offered is known. It comes from this process, which shares the machine with the server: its figures
 of /livez include its own delays.
 """
 

@@ -205,6 +205,6 @@ class Crew:
             present = self._roster.present
             worker = present[number % len(present)]
             try:
-                return await until(job(worker), self.pulse(worker))
+                return await until(self._patience.wait_out(lambda w=worker: job(w)), self.pulse(worker))
             except WorkerLost as error:
                 self.lost(worker, error)
