@@ -30,23 +30,25 @@ class Patience:
             try:
                 answer = await call()
             except TeacherUnavailable as error:
-                self._is_away(error)
-                await asyncio.sleep(pause)
+                left_s = self._is_away(error)
+                await asyncio.sleep(min(pause, left_s))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 self._is_back()
                 return answer
 
-    def _is_away(self, error: TeacherUnavailable) -> None:
+    def _is_away(self, error: TeacherUnavailable) -> float:
+        """How much longer it may be away, in seconds. Raises the error when that was all."""
         now = time.monotonic()
         if self._since is None:
             self._since = now
             self._journal.event("teacher.away", f"waiting for the teacher: {error}", level="warn")
             self._journal.status(Status.WAITING_TEACHER)
-        elif now - self._since > self._limit_s:
+        elif now - self._since >= self._limit_s:
             raise TeacherUnavailable(
                 f"the teacher was away for {self._limit_s:g} s, which is all that loop.teacher_wait_s allows: {error}"
             )
+        return self._since + self._limit_s - now
 
     def _is_back(self) -> None:
         if self._since is not None:

@@ -43,7 +43,8 @@ class Child:
             return
         self.process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self.process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self.process.wait()
         except TimeoutError:
             await self.kill()
 
@@ -75,7 +76,8 @@ async def start(
         )
     child = Child(name=name, process=process, ready={}, log=log)
     try:
-        child.ready = await asyncio.wait_for(_ready_line(process), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            child.ready = await _ready_line(process)
     except TimeoutError:
         await child.stop()
         raise WorkerLost(f"the {name} was not ready after {timeout_s:.0f} s; its log is {log}") from None

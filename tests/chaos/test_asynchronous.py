@@ -31,7 +31,8 @@ def test_kills_lose_and_double_no_prompt(place: Path, changes: tuple[str, ...]):
 
 
 def check_versions(run: Disturbed) -> None:
-    """A rollout's tokens are of versions that were published, in order: never of a half-loaded one."""
+    """A rollout's tokens are of versions that were published, in order, and none that is too old. One may be newer than
+    its step where the run went back: what was paid for before is trained, and not written again."""
     samples = list(read_jsonl(run.folder / "samples.jsonl"))
     assert samples
     for sample in samples:
@@ -39,4 +40,3 @@ def check_versions(run: Disturbed) -> None:
         assert versions == sorted(versions)
         assert set(versions) <= set(range(STEPS + 1))
         assert versions[0] >= sample["step"] - 1 - STALENESS
-        assert versions[-1] <= sample["step"] - 1
