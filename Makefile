@@ -37,7 +37,7 @@ black-box: setup ## teachers of which only text can be had, of another tokenizer
 test: setup ## all tests
 	$(PYTHON) -m pytest $(ARGS)
 
-chaos: setup ## kill, freeze, cut off and starve real runs; a quarter of an hour, and more of it as root
+chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)
 
 check: setup ## style, types, import rules
