@@ -42,6 +42,7 @@ class ProcessLauncher:
             "PYTHON": sys.executable,
             "CONFIG": str(config),
             "REPORT_TO": self._report_url,
+            "RESUME": "--resume" if resume else "",
         }
         with (place / "log").open("wb") as log:
             subprocess.Popen(["sh", "-c", shell], env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -21,7 +21,7 @@ from orchestrator.store import Store
 from potstill.client import Client
 from tests.launchers import POLL_S
 
-RUN = '"$PYTHON" -m tests.tiny_run "$CONFIG" --report-to "$REPORT_TO"'
+RUN = '"$PYTHON" -m tests.tiny_run "$CONFIG" --report-to "$REPORT_TO" $RESUME'
 
 
 @dataclass(frozen=True, kw_only=True)
