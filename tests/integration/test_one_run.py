@@ -79,10 +79,11 @@ def make_config(folder: Path, name: str, *changes: str, method: str = "opd", tea
 @pytest.fixture(scope="module")
 async def opened(folder: Path) -> AsyncIterator[Site]:
     """Ray and the actors; when the module is done, no process of theirs is left."""
+    before = set(psutil.Process().children(recursive=True))  # a resource tracker of an earlier module, say
     async with site(make_config(folder, "any")) as processes:
-        family = psutil.Process().children(recursive=True)
+        family = set(psutil.Process().children(recursive=True)) - before
         yield processes
-    _, left = psutil.wait_procs(family, timeout=20.0)
+    _, left = psutil.wait_procs(list(family), timeout=20.0)
     assert [process.name() for process in left] == []
 
 
