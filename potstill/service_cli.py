@@ -64,7 +64,7 @@ def serve(
     report_url: Annotated[str | None, typer.Option(help="How runs reach this service from the cluster.")] = None,
 ) -> None:
     """Serve the API. Uses the Ray cluster at RAY_ADDRESS, or starts a Ray head of its own on loopback."""
-    from orchestrator.service import ServiceOptions, serve
+    from orchestrator.service.serve import ServiceOptions, serve
 
     folder = runs.resolve()
     options = ServiceOptions(

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import uvicorn
 
-from orchestrator.app import create_app
-from orchestrator.jobs import Job
-from orchestrator.runs import Run
-from orchestrator.store import Store
+from orchestrator.service.app import create_app
+from orchestrator.service.jobs import Job
+from orchestrator.service.runs import Run
+from orchestrator.service.store import Store
 from potstill.errors import ServiceError
 
 POLL_S = 0.05

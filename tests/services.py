@@ -15,9 +15,9 @@ import httpx2
 import uvicorn
 from starlette.types import ASGIApp
 
-from orchestrator.app import create_app
-from orchestrator.jobs import Launcher
-from orchestrator.store import Store
+from orchestrator.service.app import create_app
+from orchestrator.service.jobs import Launcher
+from orchestrator.service.store import Store
 from potstill.client import Client
 from tests.launchers import POLL_S
 

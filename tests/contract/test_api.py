@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orchestrator.gate import MAX_BODY_BYTES
+from orchestrator.service.gate import MAX_BODY_BYTES
 from potstill.config_file import load, parse
 from potstill.errors import ServiceError
 from tests.launchers import AwayLauncher, ProcessLauncher

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from orchestrator.store import Store
+from orchestrator.service.store import Store
 from potstill.client import Client
 from tests.service_configs import submitted
 from tests.services import RUN, free_port, until

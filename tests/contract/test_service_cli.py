@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from orchestrator.service import claim
+from orchestrator.service.serve import claim
 from potstill.service_cli import register
 from tests.launchers import ProcessLauncher
 from tests.service_configs import submitted

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import uvicorn
 
-from orchestrator.app import create_app
-from orchestrator.head import LocalHead, start_or_adopt
-from orchestrator.jobs import Cluster, RayLauncher
-from orchestrator.store import Store
+from orchestrator.service.app import create_app
+from orchestrator.service.head import LocalHead, start_or_adopt
+from orchestrator.service.jobs import Cluster, RayLauncher
+from orchestrator.service.store import Store
 from potstill.client import Client
 from potstill.errors import ServiceError
 from tests.service_configs import submitted

@@ -49,9 +49,12 @@ def test_every_module_of_the_shared_package_loads_without_anything_heavy():
 @pytest.mark.parametrize(
     ("modules", "without"),
     [
-        (["orchestrator.buffer", "orchestrator.runs", "orchestrator.prompts"], HEAVY),
+        (["orchestrator.buffer", "orchestrator.service.runs", "orchestrator.prompts"], HEAVY),
         (["orchestrator.loop", "orchestrator.run", "orchestrator.launch"], ("torch", "vllm", "transformers")),
-        (["orchestrator.store", "orchestrator.app", "orchestrator.service"], ("torch", "vllm", "transformers")),
+        (
+            ["orchestrator.service.store", "orchestrator.service.app", "orchestrator.service.serve"],
+            ("torch", "vllm", "transformers"),
+        ),
         (["learner.trainer", "learner.objective", "learner.checkpoint"], ("ray", "vllm", "fastapi")),
         (["rollout_worker.collect", "rollout_worker.engine"], ("ray", "vllm", "fastapi")),
         (["teacher_server.scoring", "teacher_server.limits"], ("ray", "vllm", "fastapi")),

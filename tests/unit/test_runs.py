@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs import MOVES, Run, State, category_of_exit, check_move, run_resource
+from orchestrator.service.runs import MOVES, Run, State, category_of_exit, check_move, run_resource
 from potstill.errors import ServiceError
 from potstill.journal import Status
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.reporting import Report
-from orchestrator.runs import Failure, SequenceGap, State
-from orchestrator.store import Store
+from orchestrator.service.runs import Failure, SequenceGap, State
+from orchestrator.service.store import Store
 from potstill.errors import ConfigError, ServiceError
 
 

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orchestrator.runs import SequenceGap
+from orchestrator.service.runs import SequenceGap
 from potstill.errors import ConfigError, ServiceError
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.jobs import Job, Launcher
 from orchestrator.reporting import Report, logs_in, status_in
-from orchestrator.runs import Failure, Run, State, category_of_exit
-from orchestrator.store import Store
+from orchestrator.service.jobs import Job, Launcher
+from orchestrator.service.runs import Failure, Run, State, category_of_exit
+from orchestrator.service.store import Store
 from potstill.errors import RunError, ServiceError
 from potstill.journal import steps_in, write_json
 from potstill.refusals import refusals

@@ -19,10 +19,10 @@ from typing import TextIO
 
 import uvicorn
 
-from orchestrator.app import create_app
-from orchestrator.head import LocalHead, start_or_adopt
-from orchestrator.jobs import Cluster, RayLauncher
-from orchestrator.store import Store
+from orchestrator.service.app import create_app
+from orchestrator.service.head import LocalHead, start_or_adopt
+from orchestrator.service.jobs import Cluster, RayLauncher
+from orchestrator.service.store import Store
 from potstill.errors import ConfigError
 
 HEAD_RECORD = ".ray-head.json"

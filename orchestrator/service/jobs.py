@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from orchestrator.runs import Run
+from orchestrator.service.runs import Run
 from potstill.calling.guard import LOOPBACK
 from potstill.errors import ServiceError
 from potstill.teachers.opening import ALLOWED

@@ -22,12 +22,12 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import ValidationError
 
 import potstill
-from orchestrator.gate import JsonObject, install
-from orchestrator.jobs import Launcher
 from orchestrator.reporting import Report
-from orchestrator.runs import State, event_resource, run_resource
-from orchestrator.store import Store
-from orchestrator.supervisor import Supervisor
+from orchestrator.service.gate import JsonObject, install
+from orchestrator.service.jobs import Launcher
+from orchestrator.service.runs import State, event_resource, run_resource
+from orchestrator.service.store import Store
+from orchestrator.service.supervisor import Supervisor
 from potstill.config_file import parse
 from potstill.errors import ConfigError, ServiceError
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx2
 import psutil  # type: ignore[import-untyped]
 
-from orchestrator.jobs import Cluster
+from orchestrator.service.jobs import Cluster
 from potstill.errors import ConfigError, ServiceError
 from potstill.journal import write_json
 

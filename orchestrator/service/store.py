@@ -18,9 +18,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
 
-from orchestrator.keys import HashedSecret, hashed, new_key, new_secret, split_key
 from orchestrator.reporting import Report, ReportedStatus
-from orchestrator.runs import Event, Failure, Run, SequenceGap, State, check_move
+from orchestrator.service.keys import HashedSecret, hashed, new_key, new_secret, split_key
+from orchestrator.service.runs import Event, Failure, Run, SequenceGap, State, check_move
 from potstill.errors import ConfigError, ServiceError
 
 _META = sa.MetaData()
