@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from orchestrator import findings, heatmap, plots
-from orchestrator.pages import COLOURS, environment
+from orchestrator.pages import COLOURS, environment, flatten
 from orchestrator.plots import AccuracyCurve, Series
 from potstill.errors import RunError
 from potstill.journal import Status, read_jsonl, steps_in, write_atomically
@@ -160,15 +160,6 @@ def seconds_by_stage(run: RunFolder) -> dict[str, float]:
             values = [value for record in run.metrics if (value := number(record, name)) is not None]
             measured[label] = sum(values) if values else None
     return {label: value for label, value in measured.items() if value is not None}
-
-
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, JSON value). Example: {"optim": {"lr": 0.1}} gives [("optim.lr", "0.1")]."""
-    if isinstance(value, Mapping) and value:
-        return [
-            row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, json.dumps(value, ensure_ascii=False))] if prefix else []
 
 
 def _write_where_possible(folder: Path) -> None:

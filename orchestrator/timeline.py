@@ -16,11 +16,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from orchestrator.bubbles import Account, Bubbles, Wait, bubbles, explained
-from orchestrator.gantt import ROW_PX, UNITS, Window, duration, lanes, steps, thinned, ticks
+from orchestrator.gantt import LANE_GAP_PX, ROW_PX, UNITS, Window, duration, lanes, steps, thinned, ticks
 from orchestrator.pages import COLOURS, environment
 from orchestrator.pieces import STAGES, group, role_of
 from potstill.errors import ConfigError
@@ -70,32 +71,57 @@ def window(spans: Sequence[Span], *, after: float | None, until: float | None) -
 
 def render(run: str, shown: Window, by_process: Mapping[str, Sequence[Span]], report: Bubbles) -> str:
     """The page of the window, every text escaped."""
-    accounts = [account for role in _roles(report.accounts).values() for account in _some(role)]
-    drawn = lanes({account.process: by_process[account.process] for account in accounts}, shown)
-    seen = {stage for account in accounts for stage, share in account.shares.items() if share}
-    seen |= {mark.stage for lane in drawn for row in lane.rows for mark in row}  # also what is hidden in the shares
     script = SCRIPT.read_text()
     page = environment().get_template("timeline.html.j2")
     return page.render(
         run=run,
-        shown=shown,
-        report=report,
-        scope=scope(shown),
-        left_out=left_out(report.accounts),
-        accounts=accounts,
-        stages=[stage for stage in (*STAGES, "idle") if stage in seen],
-        waits=longest_waits(accounts),
-        lanes=drawn,
-        steps=thinned(steps(itertools.chain(*by_process.values()), shown)),
-        ticks=ticks(shown),
-        height=drawn[-1].bottom,
-        row_px=ROW_PX,
-        units=UNITS,
         colours=COLOURS,
-        duration=duration,
+        lane_gap_px=LANE_GAP_PX,
         script=Markup(script),  # noqa: S704  our own file
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **pictured(shown, by_process, report),
     )
+
+
+def picture(folder: Path, *, after: float | None, until: float | None, whole_page: str) -> dict[str, Any] | None:
+    """A run's folder as templates/timeline_body.html.j2 draws it; None while it holds no spans.
+
+    Arguments as of write_timeline; `whole_page` is where a reader finds the whole run. Raises ConfigError for a window
+    in which nothing lies.
+    """
+    spans = read_spans(folder)
+    if not spans:
+        return None
+    shown = window(spans, after=after, until=until)
+    by_process = explained(group(spans))
+    return pictured(shown, by_process, bubbles(by_process, start=shown.start, end=shown.end), whole_page=whole_page)
+
+
+def pictured(
+    shown: Window, by_process: Mapping[str, Sequence[Span]], report: Bubbles, *, whole_page: str | None = None
+) -> dict[str, Any]:
+    """What templates/timeline_body.html.j2 reads."""
+    accounts = [account for role in _roles(report.accounts).values() for account in _some(role)]
+    drawn = lanes({account.process: by_process[account.process] for account in accounts}, shown)
+    seen = {stage for account in accounts for stage, share in account.shares.items() if share}
+    seen |= {mark.stage for lane in drawn for row in lane.rows for mark in row}  # also what is hidden in the shares
+    return {
+        "shown": shown,
+        "report": report,
+        "scope": scope(shown),
+        "whole_page": whole_page,
+        "left_out": left_out(report.accounts),
+        "accounts": accounts,
+        "stages": [stage for stage in (*STAGES, "idle") if stage in seen],
+        "waits": longest_waits(accounts),
+        "lanes": drawn,
+        "steps": thinned(steps(itertools.chain(*by_process.values()), shown)),
+        "ticks": ticks(shown),
+        "height": drawn[-1].bottom,
+        "row_px": ROW_PX,
+        "units": UNITS,
+        "duration": duration,
+    }
 
 
 def scope(shown: Window) -> str:

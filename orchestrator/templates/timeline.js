@@ -1,5 +1,5 @@
 const scroll = document.querySelector(".scroll"), time = document.querySelector(".time");
-const svg = time.querySelector("svg"), tip = document.querySelector(".tip");
+const svg = time.querySelector(".drawing"), tip = document.querySelector(".tip");
 const perUnit = svg.dataset.seconds / svg.viewBox.baseVal.width;
 const say = (seconds) => seconds >= 100 ? seconds.toFixed(0) + " s" : seconds >= 1 ? seconds.toFixed(2) + " s"
   : (1000 * seconds).toPrecision(3) + " ms";
