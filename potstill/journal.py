@@ -44,6 +44,9 @@ class Status(StrEnum):
         return self in {Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}
 
 
+STOP_AT_ONCE = ".stop-at-once"
+"""Beside the logs: whoever asks the run to stop does not want to wait for a checkpoint."""
+
 Listener = Callable[[str, Mapping[str, Any]], None]  # ("event" | "metrics" | "status", record)
 
 

@@ -1,6 +1,7 @@
 """Launchers that the service's tests hand in for Ray: plain subprocesses, and a cluster that is away.
 
-`python -m tests.launchers FOLDER PORT` serves the real app over FOLDER/potstill.db, so that a test can kill -9 it.
+`python -m tests.launchers FOLDER PORT SCRIPT [DATABASE [HOLDER]]` serves the real app over FOLDER/potstill.db, or over
+DATABASE, so that a test can kill -9 it. HOLDER is its name in the supervisor's lease.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import uvicorn
 
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import Job
+from orchestrator.service.keys import Signer
 from orchestrator.service.runs import Run
+from orchestrator.service.serve import compose
 from orchestrator.service.store import Store
+from orchestrator.service.store.database import Database
 from potstill.errors import ServiceError
 
 POLL_S = 0.05
@@ -60,7 +64,7 @@ class ProcessLauncher:
 
     def _job(self, place: Path) -> Job:
         code = (place / "exit").read_text().strip() if (place / "exit").exists() else ""
-        return Job(alive=False, exit_code=int(code)) if code else Job(alive=True, exit_code=None)
+        return Job(alive=not code, exit_code=int(code) if code else None, ours=True)
 
 
 class AwayLauncher:
@@ -80,11 +84,15 @@ class AwayLauncher:
 
 
 def main() -> None:
-    folder, port, script = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    store = Store(f"sqlite:///{folder / 'potstill.db'}")
+    from tests.services import options
+
+    folder, port, script, *rest = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    asked = options(folder, rest[0] if rest else None)
+    store = Store(Database(asked.database))
     launcher = ProcessLauncher(folder / "jobs", script, f"http://127.0.0.1:{port}")
-    app = create_app(store, launcher, runs=folder / "runs", poll_s=POLL_S)
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+    holder = rest[1] if len(rest) > 1 else "test"
+    state = compose(store, launcher, Signer(b"test"), asked, holder=holder, poll_s=POLL_S)
+    uvicorn.run(create_app(state), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":

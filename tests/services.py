@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,30 +16,43 @@ from starlette.types import ASGIApp
 
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import Launcher
+from orchestrator.service.keys import Signer
+from orchestrator.service.principals import Limits, Scope
+from orchestrator.service.serve import ServiceOptions, compose
+from orchestrator.service.state import ServiceState
 from orchestrator.service.store import Store
+from orchestrator.service.store.database import Database
 from potstill.client import Client
 from tests.launchers import POLL_S
+from tests.ports import free_port
+from tests.service_configs import small_files
 
 RUN = '"$PYTHON" -m tests.tiny_run "$CONFIG" --report-to "$REPORT_TO" $RESUME'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A running service, and a key to it."""
+    """A running service, and an administrator's key to it."""
 
     url: str
     key: str
     folder: Path
     store: Store
+    state: ServiceState
     http: httpx2.Client
 
     def client(self) -> Client:
         return Client(self.url, self.key)
 
+    def key_for(self, owner: str, *scopes: Scope, **limits: Any) -> str:
+        """Another key."""
+        _, key = self.store.keys.create(owner=owner, label="", scopes=scopes, limits=Limits(**limits))
+        return key
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return int(held.getsockname()[1])
+    def asking(self, key: str) -> httpx2.Client:
+        """A client with that key."""
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, trust_env=False, timeout=30.0)
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
@@ -52,24 +64,55 @@ def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
     return value
 
 
+def options(folder: Path, database: str | None = None, **changes: Any) -> ServiceOptions:
+    """Of a service whose models, data and secrets lie in `folder`."""
+    named: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "runs": folder / "runs",
+        "database": database or f"sqlite:///{folder / 'potstill.db'}",
+        "key_file": None,
+        "allowed_hosts": (),
+        "report_url": None,
+        "models": (folder / "models",),
+        "data": (folder / "data",),
+        "secrets": folder / "secrets",
+        "admin_port": None,
+        "slots": None,
+    }
+    for name in ("runs", "models", "data", "secrets"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return ServiceOptions(**named | changes)
+
+
 @contextmanager
 def serving(
-    folder: Path, launcher_for: Callable[[str], Launcher], before: Callable[[ASGIApp], ASGIApp] = lambda app: app
+    folder: Path,
+    launcher_for: Callable[[str], Launcher],
+    before: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    *,
+    database: str | None = None,
+    **changes: Any,
 ) -> Iterator[Service]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    store = Store(f"sqlite:///{folder / 'potstill.db'}")
-    key = store.create_key("test")
-    app = create_app(store, launcher_for(url), runs=folder / "runs", poll_s=POLL_S)
-    app.add_api_route("/boom", lambda: {}["/a/secret/path"])
+    asked = options(folder, database, **changes)
+    small_files(folder)
+    store = Store(Database(asked.database))
+    _, key = store.keys.create(owner="operator", label="test", scopes=[Scope.ADMIN])
+    state = compose(store, launcher_for(url), Signer(b"test"), asked, holder="test", poll_s=POLL_S)
+    app = create_app(state)
+    app.add_api_route("/boom", lambda: {}["/a/secret/path"], include_in_schema=False)
     config = uvicorn.Config(before(app), host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30.0) as http:
-        yield Service(url=url, key=key, folder=folder, store=store, http=http)
-    server.should_exit = True
-    thread.join()
-    store.close()
+    try:
+        with httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30.0) as http:
+            yield Service(url=url, key=key, folder=folder, store=store, state=state, http=http)
+    finally:
+        server.should_exit = True
+        thread.join()
+        store.close()

@@ -73,11 +73,18 @@ class Gate:
     def _refusal(self, scope: Scope, headers: Headers) -> ServiceError | None:
         if scope["path"] not in _PROBES and _host_name(headers.get("host", "")) not in self._hosts:
             return ServiceError("this service does not answer to that Host", 400, "host_not_allowed")
+        origin = headers.get("origin")
+        if origin is not None and scope["method"] not in {"GET", "HEAD"} and not self._is_ours(origin, headers):
+            return ServiceError("this request comes from a page of another site", 403, "origin_not_allowed")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 return ServiceError("send a body of Content-Type: application/json", 415, "content_type")
         return None
+
+    def _is_ours(self, origin: str, headers: Headers) -> bool:
+        """Whether a page that this service has served may have sent it: the same host and port."""
+        return origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
 
 async def json_object(request: Request) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Job:
 
     alive: bool
     exit_code: int | None  # None while alive, and when it was stopped or never started
+    ours: bool  # launched by this service, or by another one over the same database
 
 
 class Launcher(Protocol):
@@ -61,12 +62,16 @@ class Cluster:
 
 
 class RayLauncher:
-    """Runs as Ray jobs. `command` is what starts a run; the config's path and --report-to are appended to it."""
+    """Runs as Ray jobs. `command` is what starts a run; the config's path and --report-to are appended to it.
 
-    def __init__(self, cluster: Cluster, *, command: Sequence[str], report_url: str) -> None:
+    `service` tells the jobs of this service from those of another one on the same cluster.
+    """
+
+    def __init__(self, cluster: Cluster, *, command: Sequence[str], report_url: str, service: str) -> None:
         self._cluster = cluster
         self._command = tuple(command)
         self._report_url = report_url
+        self._service = service
 
     def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
         arguments = [str(config), "--report-to", self._report_url, *(["--resume"] if resume else [])]
@@ -81,14 +86,18 @@ class RayLauncher:
                 entrypoint=shlex.join([*self._command, *arguments]),
                 submission_id=run.submission_id,
                 runtime_env={"env_vars": environment},
-                metadata={"potstill_run": run.id},
+                metadata={"potstill_run": run.id, "potstill_service": self._service},
             )
 
     def look(self) -> Mapping[str, Job]:
         with _ray_errors():
             jobs = self._client.list_jobs()
         return {
-            job.submission_id: Job(alive=not job.status.is_terminal(), exit_code=job.driver_exit_code)
+            job.submission_id: Job(
+                alive=not job.status.is_terminal(),
+                exit_code=job.driver_exit_code,
+                ours=(job.metadata or {}).get("potstill_service") == self._service,
+            )
             for job in jobs
             if job.submission_id is not None
         }

@@ -34,9 +34,9 @@ def hashed(secret: str) -> HashedSecret:
     return HashedSecret(salt=salt, digest=_digest(salt, secret))
 
 
-def new_key() -> tuple[str, str, str]:
-    """An API key for its owner, and the two halves of it: the id that finds its row, and the secret."""
-    key_id, secret = secrets.token_hex(6), new_secret()
+def new_key(key_id: str | None = None) -> tuple[str, str, str]:
+    """An API key for its owner, and its two halves: the id that finds its row, a new one by default, and the secret."""
+    key_id, secret = key_id or secrets.token_hex(6), new_secret()
     return f"ps_{key_id}_{secret}", key_id, secret
 
 
@@ -48,3 +48,25 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def _digest(salt: bytes, secret: str) -> bytes:
     return hashlib.sha256(salt + secret.encode("utf-8", "surrogatepass")).digest()
+
+
+class Signer:
+    """Makes the tokens with which runs report about themselves. Keeps one secret of the service's own, and no token.
+
+    A token belongs to one job of one run: whoever launches a job again gives it the same token, and the token of an
+    earlier job is worth nothing, so that a job that was given up cannot report.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this service from others; says nothing of its secret."""
+        return hmac.new(self._secret, b"fingerprint", hashlib.sha256).hexdigest()[:16]
+
+    def token(self, submission_id: str) -> str:
+        return hmac.new(self._secret, submission_id.encode(), hashlib.sha256).hexdigest()
+
+    def matches(self, submission_id: str, token: str) -> bool:
+        return hmac.compare_digest(self.token(submission_id).encode(), token.encode("utf-8", "surrogatepass"))

@@ -1,12 +1,14 @@
 """The life of a run as the service knows it: its states, the moves between them, and what clients read of it.
 
-    queued ──► starting ──► running ──► succeeded | failed | cancelled
+    queued ──► starting ──► running ──► succeeded | failed | cancelled ──► queued    retry: another attempt
        │          │          ▲  │
        │          │          │  ▼
        │          └──► recovering, waiting_teacher       a process was lost, or its teacher is away; not an end
-       └──────────┴────────────┴──► cancelling ──► any of the three
+       │                     │
+       ├─────────────────────┼──► pausing ──► paused ──► queued    resume: another attempt, from the last checkpoint
+       └─────────────────────┴──► cancelling ──► any of the three ends
 
-Pure. Refuses to leave a final state, and to go back before a run was started.
+Pure. Refuses to leave a final state but by a retry, and to go back before a run was started.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from potstill.journal import Status
 
 
 class State(StrEnum):
-    """A journal's Status, and `cancelling`: asked to stop, not yet stopped. Only the service knows that one."""
+    """A journal's Status, and what was asked of a run and is not yet so: only the service knows that."""
 
     QUEUED = Status.QUEUED.value
     STARTING = Status.STARTING.value
     RUNNING = Status.RUNNING.value
     WAITING_TEACHER = Status.WAITING_TEACHER.value
     RECOVERING = Status.RECOVERING.value
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = Status.SUCCEEDED.value
     FAILED = Status.FAILED.value
@@ -38,21 +42,30 @@ class State(StrEnum):
     def final(self) -> bool:
         return not MOVES[self]
 
+    @property
+    def active(self) -> bool:
+        """Whether it has processes, or may have."""
+        return not self.final and self not in {State.QUEUED, State.PAUSED}
+
 
 _ENDS = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
+_ASKED = frozenset({State.PAUSING, State.CANCELLING})
 
 # A state may be skipped, because a report can reach the service late: it was away while the run went on.
 MOVES: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset(State) - {State.QUEUED},
-    State.STARTING: _ENDS | {State.RUNNING, State.WAITING_TEACHER, State.RECOVERING, State.CANCELLING},
-    State.RUNNING: _ENDS | {State.WAITING_TEACHER, State.RECOVERING, State.CANCELLING},
-    State.WAITING_TEACHER: _ENDS | {State.RUNNING, State.RECOVERING, State.CANCELLING},
-    State.RECOVERING: _ENDS | {State.STARTING, State.RUNNING, State.WAITING_TEACHER, State.CANCELLING},
+    State.STARTING: _ENDS | _ASKED | {State.RUNNING, State.WAITING_TEACHER, State.RECOVERING},
+    State.RUNNING: _ENDS | _ASKED | {State.WAITING_TEACHER, State.RECOVERING},
+    State.WAITING_TEACHER: _ENDS | _ASKED | {State.RUNNING, State.RECOVERING},
+    State.RECOVERING: _ENDS | _ASKED | {State.STARTING, State.RUNNING, State.WAITING_TEACHER, State.PAUSED},
+    State.PAUSING: _ENDS | {State.PAUSED, State.CANCELLING},
+    State.PAUSED: frozenset({State.QUEUED, State.CANCELLING, State.CANCELLED}),
     State.CANCELLING: _ENDS,
     State.SUCCEEDED: frozenset(),
     State.FAILED: frozenset(),
     State.CANCELLED: frozenset(),
 }
+RETRIED = frozenset({State.FAILED, State.CANCELLED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +83,35 @@ class Run:
     """One row of the service's table. Times are unix seconds."""
 
     id: str  # the config's `name`
+    owner: str
+    key_id: str
     state: State
-    config: Mapping[str, Any]
+    submitted: Mapping[str, Any]  # its config as its client wrote it: models, files and teachers by name
+    config: Mapping[str, Any]  # resolved, as its process reads it
     submission_id: str  # its job's name in the cluster, fixed before the job is launched
+    attempt: int  # from 1; a lost process, a resume and a retry begin another
+    revision: int  # of priority, metadata and notes
+    priority: int
+    metadata: Mapping[str, str]
+    notes: str
+    step: int  # the last one that it has reported
+    latest: Mapping[str, float | None]  # that step's numbers
+    heartbeat_at: float | None  # when it was heard of last
+    error: Failure | None
+    forked_from: str | None
+    forked_checkpoint: str | None
     created_at: float
     started_at: float | None
     finished_at: float | None
-    error: Failure | None
+    launched_at: float | None  # its present process
+    gpus: float  # that it holds while it has processes
+    busy_s: float  # for how long it had them, before the present one
+    teacher_tokens: int
+    teacher_usd: float
+
+    def gpu_hours(self, now: float) -> float:
+        present = 0.0 if self.launched_at is None else max(0.0, now - self.launched_at)
+        return self.gpus * (self.busy_s + present) / 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +155,72 @@ def category_of_exit(exit_code: int | None) -> str:
 
 
 def run_resource(run: Run) -> dict[str, Any]:
-    """The run as the API shows it. The hash of its token and the row's number stay inside."""
+    """The run as the API shows it. Its config has a path of its own; the row's number stays inside."""
+    config = run.config
     return {
         "id": run.id,
         "object": "run",
         "status": run.state.value,
-        "created_at": _rfc3339(run.created_at),
-        "started_at": _rfc3339(run.started_at),
-        "finished_at": _rfc3339(run.finished_at),
+        "attempt": run.attempt,
+        "created_at": rfc3339(run.created_at),
+        "started_at": rfc3339(run.started_at),
+        "finished_at": rfc3339(run.finished_at),
+        "heartbeat_at": rfc3339(run.heartbeat_at),
+        "created_by": run.key_id,
+        "owner": run.owner,
+        "priority": run.priority,
+        "metadata": dict(run.metadata),
+        "notes": run.notes,
+        "method": config["method"],
+        "student": run.submitted["student"]["model"],
+        "teacher": run.submitted["teacher"].get("name") or run.submitted["teacher"]["kind"],
+        "progress": progress(run),
+        "latest_metrics": dict(run.latest),
+        "usage": {
+            "gpu_hours": run.gpus * run.busy_s / 3600.0,
+            "teacher_tokens": run.teacher_tokens,
+            "teacher_usd": run.teacher_usd,
+        },
+        "forked_from": None
+        if run.forked_from is None
+        else {"run": run.forked_from, "checkpoint": run.forked_checkpoint},
         "submission_id": run.submission_id,
         "error": asdict(run.error) if run.error is not None else None,
-        "config": dict(run.config),
+    }
+
+
+def config_resource(run: Run) -> dict[str, Any]:
+    """The resolved config, with the names that its client used: where things lie on the service's disk stays inside."""
+    return {**_with_names(run.config, run.submitted), "teacher": dict(run.submitted["teacher"])}
+
+
+def _with_names(resolved: Mapping[str, Any], submitted: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: value for key, value in resolved.items() if key != "runs"}
+    for key, value in submitted.items():
+        inner = merged.get(key)
+        tables = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[key] = _with_names(inner, value) if tables else value  # type: ignore[arg-type]
+    return merged
+
+
+def progress(run: Run) -> dict[str, Any]:
+    """How far it is. `eta_seconds` is None where nothing can be said yet, or any more."""
+    steps = int(run.config["loop"]["steps"])
+    eta = None
+    if (
+        run.launched_at is not None
+        and run.started_at is not None
+        and run.heartbeat_at is not None
+        and 0 < run.step < steps
+    ):
+        eta = (run.heartbeat_at - run.started_at) / run.step * (steps - run.step)
+    share = run.step / steps if steps else 1.0
+    return {
+        "step": run.step,
+        "max_steps": steps,
+        "percent": round(100.0 * share, 1),
+        "eta_seconds": None if eta is None else round(eta, 1),
+        "tokens_trained": run.latest.get("tokens_trained"),
     }
 
 
@@ -139,7 +229,7 @@ def event_resource(event: Event) -> dict[str, Any]:
     return {
         "object": "run.event",
         "seq": event.seq,
-        "time": _rfc3339(event.time),
+        "time": rfc3339(event.time),
         "type": event.type,
         "level": event.level,
         "message": event.message,
@@ -147,7 +237,7 @@ def event_resource(event: Event) -> dict[str, Any]:
     }
 
 
-def _rfc3339(seconds: float | None) -> str | None:
+def rfc3339(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,6 +1,10 @@
-"""The composition root of `potstill serve`: database, first key, cluster, routes and the server that listens.
+"""The composition root of `potstill serve`: folders, database, first key, cluster, routes and the server that listens.
 
-Refuses a host beyond loopback while there is no key, a folder that another service uses, and to end a local Ray head
+    <runs>/.service-secret   of the tokens with which runs report      <runs>/.uploads    files of clients
+    <runs>/.ray-head.json    the Ray head that this service started    <runs>/.published  checkpoints as models
+
+Several services may share a PostgreSQL database and `runs`: one of them, by a lease, looks after the runs.
+Refuses a host beyond loopback while there is no key, a second service over one SQLite file, and to end a local Ray head
 on which runs are unfinished.
 """
 
@@ -10,6 +14,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -19,15 +24,28 @@ from typing import TextIO
 
 import uvicorn
 
+from orchestrator.service import logs
 from orchestrator.service.app import create_app
+from orchestrator.service.catalog import Catalog
+from orchestrator.service.following import Following
 from orchestrator.service.head import LocalHead, start_or_adopt
-from orchestrator.service.jobs import Cluster, RayLauncher
+from orchestrator.service.jobs import Cluster, Launcher, RayLauncher
+from orchestrator.service.keys import Signer
+from orchestrator.service.measures import Measures
+from orchestrator.service.principals import Scope
+from orchestrator.service.retention import expire
+from orchestrator.service.state import ServiceState
 from orchestrator.service.store import Store
+from orchestrator.service.store.database import Database
+from orchestrator.service.supervisor import Supervisor
 from potstill.errors import ConfigError
 
 HEAD_RECORD = ".ray-head.json"
 LOCK = ".lock"
+SIGNING = ".service-secret"
 SHUTDOWN_S = 3  # for answers under way; a follower of events is cut off and resumes
+POLL_S = 1.0  # between two looks at the cluster
+FOLLOW_S = 0.25  # between two looks for new events of a run that somebody follows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,48 +59,118 @@ class ServiceOptions:
     key_file: Path | None
     allowed_hosts: Sequence[str]
     report_url: str | None  # how runs reach this service; None: host and port
+    models: Sequence[Path]  # folders below which a submitted run may name models
+    data: Sequence[Path]  # and files
+    secrets: Path | None  # folder with one secret a file, which registered teachers may name
+    admin_port: int | None  # for Prometheus, on loopback; None: nowhere
+    slots: int | None  # runs at the same time; None: any number
 
 
 def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM. `say` shows one line to the operator."""
-    with claim(options.runs), contextlib.closing(Store(options.database)) as store:
+    logs.start()
+    alone = options.database.startswith("sqlite")
+    with claim(options.runs, alone=alone) as lock, contextlib.closing(Store(Database(options.database))) as store:
         _first_key(store, options, say)
         listening = _listen(options)
         url = f"http://{_bracketed(options.host)}:{listening.getsockname()[1]}"
+        signer = Signer(_secret(options.runs / SIGNING))
         cluster, head = _cluster(options, say)
         command = (sys.executable, "-m", "potstill", "run")
-        launcher = RayLauncher(cluster, command=command, report_url=options.report_url or url)
-        app = create_app(store, launcher, runs=options.runs, hosts=[*options.allowed_hosts, options.host])
+        launcher = RayLauncher(
+            cluster, command=command, report_url=options.report_url or url, service=signer.fingerprint
+        )
+        state = compose(store, launcher, signer, options, holder=_holder(alone))
+        measures = Measures(store)
+        app = create_app(state, hosts=[*options.allowed_hosts, options.host], measures=measures)
         say(f"potstill serves at {url}")
         try:
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S, server_header=False)
-            uvicorn.Server(config).run(sockets=[listening])
+            with measures.served(options.admin_port):
+                config = uvicorn.Config(
+                    app, log_config=None, timeout_graceful_shutdown=SHUTDOWN_S, server_header=False, access_log=False
+                )
+                uvicorn.Server(config).run(sockets=[listening])
         finally:
-            _end(store, head, options, say)
+            _end(store, head, lock, options, say)
 
 
-def claim(runs: Path) -> TextIO:
+def compose(
+    store: Store, launcher: Launcher, signer: Signer, options: ServiceOptions, *, holder: str, poll_s: float = POLL_S
+) -> ServiceState:
+    """Everything that the routes share."""
+    runs = options.runs
+    catalog = Catalog(
+        models=options.models,
+        data=options.data,
+        uploads=_folder(runs / ".uploads"),
+        published=_folder(runs / ".published"),
+        runs=runs,
+        secrets=options.secrets,
+        store=store,
+    )
+    supervisor = Supervisor(
+        store,
+        launcher,
+        signer,
+        runs=runs,
+        holder=holder,
+        poll_s=poll_s,
+        slots=options.slots,
+        chores=[lambda held: expire(held, runs)],
+    )
+    following = Following(store, poll_s=min(FOLLOW_S, poll_s))
+    return ServiceState(
+        store=store, supervisor=supervisor, signer=signer, catalog=catalog, runs=runs, following=following
+    )
+
+
+def claim(runs: Path, *, alone: bool) -> TextIO:
     """Make `runs` if need be, and hold it until the file that is returned is closed, or the process is gone.
 
-    Raises ConfigError while another service holds it: two would launch the same run.
+    `alone`: raises ConfigError while another service holds it, because a SQLite file is one service's.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    file = (runs / LOCK).open("w")
+    file = (runs / LOCK).open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise ConfigError(f"--runs {runs}: another `potstill serve` uses this folder") from None
     return file
 
 
+def _secret(path: Path) -> bytes:
+    """The service's own secret, made once. Whoever is first of several services makes it for all."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(32))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink()
+    return path.read_bytes()
+
+
+def _holder(alone: bool) -> str:
+    """How this process is called in the lease. One that is alone takes over from its dead predecessor at once."""
+    return "the only service" if alone else f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
 def _first_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
-    if store.has_keys():
+    if store.keys.any():
         return
     if not _is_loopback(options.host):
         raise ConfigError(f"--host {options.host}: there is no API key yet; serve once on 127.0.0.1 to make one")
     file = _new_private_file(options.key_file) if options.key_file is not None else None
-    key = store.create_key("first")
+    _, key = store.keys.create(owner="operator", label="first", scopes=[Scope.ADMIN])
     if file is not None:
         with file:
             file.write(key + "\n")
@@ -94,25 +182,38 @@ def _cluster(options: ServiceOptions, say: Callable[[str], None]) -> tuple[Clust
     named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if named:
         return Cluster(address=named, token=None), None
-    head = start_or_adopt(options.runs / HEAD_RECORD)
+    with (options.runs / f"{HEAD_RECORD}.lock").open("a") as turn:  # of several services one starts it
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        head = start_or_adopt(options.runs / HEAD_RECORD)
     say(f"a Ray head of our own, on loopback: process {head.pid}")
     return head.cluster, head
 
 
-def _end(store: Store, head: LocalHead | None, options: ServiceOptions, say: Callable[[str], None]) -> None:
+def _end(
+    store: Store, head: LocalHead | None, lock: TextIO, options: ServiceOptions, say: Callable[[str], None]
+) -> None:
     if head is None:
         return
-    if unfinished := store.unfinished_runs():
-        say(f"{len(unfinished)} unfinished runs go on under the Ray head {head.pid}; serve again to follow them")
-    else:
+    unfinished = sum(run.state.active for run in store.runs.unfinished())
+    if unfinished:
+        say(f"{unfinished} unfinished runs go on under the Ray head {head.pid}; serve again to follow them")
+    elif _is_last(lock):
         head.stop(options.runs / HEAD_RECORD)
+
+
+def _is_last(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _listen(options: ServiceOptions) -> socket.socket:
     """Bound before anything is started, so that a port in use is found out first and a free one is known."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family)
+        return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(f"--host {options.host} --port {options.port}: {error.strerror}") from None
 

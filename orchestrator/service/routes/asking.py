@@ -1,0 +1,117 @@
+"""What every route may depend on: who asks, with which right, over which store; pages, idempotency, the audit log.
+
+Refuses a request without a key, with one that has ended, or with one that lacks the scope that the route names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, Header, Query, Request
+from fastapi.responses import JSONResponse
+
+from orchestrator.service.principals import Principal, Scope
+from orchestrator.service.state import ServiceState
+from orchestrator.service.store import Store
+from orchestrator.service.store.idempotency import Once
+from orchestrator.service.store.pages import Page
+from potstill.errors import ServiceError
+
+COOKIE = "potstill_session"
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def the_state(request: Request) -> ServiceState:
+    state: ServiceState = request.app.state.service
+    return state
+
+
+def the_store(request: Request) -> Store:
+    return the_state(request).store
+
+
+State = Annotated[ServiceState, Depends(the_state)]
+Stored = Annotated[Store, Depends(the_store)]
+
+
+def bearer(request: Request) -> str:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret:
+        raise ServiceError("send your key as `Authorization: Bearer …`", 401, "missing_key")
+    return secret.strip()
+
+
+def principal(request: Request, store: Stored) -> Principal:
+    """Whose key the request carries, or whose session: a browser's cookie, which only its own pages can use to act."""
+    session = request.cookies.get(COOKIE)
+    if "authorization" not in request.headers and session is not None:
+        if request.method not in SAFE and request.headers.get("origin") is None:
+            raise ServiceError("a browser's session acts with an Origin only; scripts send a key", 403, "no_origin")
+        found, code = store.keys.session(session), "session_ended"
+    else:
+        found, code = store.keys.bearer(bearer(request)), "invalid_key"
+    if found is None:
+        raise ServiceError("this key is not known, has expired or was revoked", 401, code)
+    return found
+
+
+def asker(scope: Scope) -> Any:
+    """The principal, as a route's argument: `who: Annotated[Principal, asker(Scope.RUNS_READ)]`."""
+
+    def checked(who: Annotated[Principal, Depends(principal)]) -> Principal:
+        who.require(scope)
+        return who
+
+    return Depends(checked)
+
+
+Reader = Annotated[Principal, asker(Scope.RUNS_READ)]
+Writer = Annotated[Principal, asker(Scope.RUNS_WRITE)]
+Admin = Annotated[Principal, asker(Scope.ADMIN)]
+TeachersAdmin = Annotated[Principal, asker(Scope.TEACHERS_ADMIN)]
+
+
+def paging(
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page:
+    return Page(limit=limit, after=after, ascending=order == "asc")
+
+
+Paging = Annotated[Page, Depends(paging)]
+IdempotencyKey = Annotated[str | None, Header(max_length=255)]
+
+
+def once(who: Principal, key: str | None, route: str, body: Mapping[str, Any] | bytes) -> Once:
+    """How a request is known when it comes again. `body`: as it was sent, or what identifies it."""
+    content = body if isinstance(body, bytes) else json.dumps(body, sort_keys=True).encode()
+    return Once(key_id=who.key_id, key=key, route=route, body_digest=hashlib.sha256(content).hexdigest())
+
+
+def auditing(request: Request, store: Stored) -> Callable[..., None]:
+    """`audit(who, "run.cancel", run_id, …)`, under this request's id."""
+
+    def record(who: Principal, action: str, object: str, **detail: Any) -> None:
+        store.audit.record(who, action, object, request_id=request.state.request_id, **detail)
+
+    return record
+
+
+Auditing = Annotated[Callable[..., None], Depends(auditing)]
+
+
+def listed(data: Iterable[Mapping[str, Any]], has_more: bool, key: str = "id") -> dict[str, Any]:
+    """A page as the API shows it."""
+    items = list(data)
+    first, last = (items[0][key], items[-1][key]) if items else (None, None)
+    return {"object": "list", "data": items, "has_more": has_more, "first_id": first, "last_id": last}
+
+
+def created(resource: Mapping[str, Any], location: str, *, replayed: bool) -> JSONResponse:
+    """201 and where it is; 200 when the same request had made it before."""
+    headers = {"Location": location} | ({"Idempotent-Replayed": "true"} if replayed else {})
+    return JSONResponse(dict(resource), status_code=200 if replayed else 201, headers=headers)

@@ -1,0 +1,126 @@
+"""One database and its transactions: SQLite in WAL mode with synchronous=FULL, or PostgreSQL; the same statements.
+
+What a client was told is on disk. SQLite has a single writer; PostgreSQL's row locks (FOR UPDATE) do the same there.
+A database `under` a lease writes only while that lease is held: the fence is read in the same transaction.
+Refuses a database that cannot be durable, and a schema that is newer than this code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+
+from orchestrator.service.store.migrations import upgrade
+from orchestrator.service.store.schema import LEASES
+from potstill.errors import ConfigError, Fenced, ServiceError
+
+CONNECTIONS = 10  # kept open to a PostgreSQL server
+LOCK_WAIT_MS = 10_000  # that a writer waits for SQLite's other one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """That one process may do something alone. `token` is the fence: a later holder has a larger one."""
+
+    name: str
+    holder: str
+    token: int
+
+
+class Database:
+    """`url` is SQLAlchemy's: sqlite:////absolute/path.db or postgresql+psycopg://…  Raises ConfigError."""
+
+    def __init__(self, url: str) -> None:
+        self._lease: Lease | None = None
+        try:
+            self.engine = _engine(url)
+            upgrade(self.engine)
+        except (ArgumentError, OperationalError, OSError, ModuleNotFoundError):
+            raise ConfigError("the database cannot be opened: check --database and what it names") from None
+
+    def under(self, lease: Lease) -> Database:
+        """The same database for the holder of `lease`: its writes raise Fenced once another holds it."""
+        fenced = object.__new__(Database)
+        fenced.engine, fenced._lease = self.engine, lease
+        return fenced
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        with _away(), self.engine.connect() as db:
+            yield db
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction: all of it is on disk when the block has ended, or none of it."""
+        with _away(), self.engine.connect().execution_options(writes=True) as db, db.begin():
+            if self._lease is not None:
+                _check(db, self._lease)
+            yield db
+
+
+def now(db: sa.Connection) -> float:
+    """The database's clock, which all who share the database agree on."""
+    if db.dialect.name == "sqlite":
+        return float(db.exec_driver_sql("SELECT (julianday('now') - 2440587.5) * 86400.0").scalar_one())
+    return float(db.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+
+
+def _check(db: sa.Connection, lease: Lease) -> None:
+    row = db.execute(sa.select(LEASES).where(LEASES.c.name == lease.name).with_for_update()).first()
+    if row is None or row.token != lease.token:
+        raise Fenced(f"{lease.name}: another process has taken over; this one writes nothing more")
+
+
+def _engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        _keep_private(parsed.database)
+        engine = sa.create_engine(parsed)
+        sa.event.listen(engine, "connect", _durable)
+        sa.event.listen(engine, "begin", _lock_before_writing)
+        return engine
+    return sa.create_engine(parsed, pool_size=CONNECTIONS, max_overflow=CONNECTIONS, pool_pre_ping=True)
+
+
+@contextmanager
+def _away() -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (OperationalError, DBAPIError) as error:
+        if isinstance(error, OperationalError) or error.connection_invalidated:
+            raise ServiceError("the database is busy or away; try again", 503, "database_unavailable") from None
+        raise
+
+
+def _keep_private(path: str | None) -> None:
+    """Only the owner reads the file. SQLite gives the same mode to the files that it keeps beside it."""
+    if path and path != ":memory:":
+        Path(path).touch(mode=0o600)
+
+
+def _durable(connection: Any, _record: Any) -> None:
+    """Set up a SQLite connection, and check that SQLite agreed: on some file systems it cannot do WAL."""
+    connection.isolation_level = None  # transactions are begun by _lock_before_writing, not by the driver
+    wanted = {"busy_timeout": LOCK_WAIT_MS, "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    for pragma, value in wanted.items():
+        connection.execute(f"PRAGMA {pragma}={value}")
+        (found,) = connection.execute(f"PRAGMA {pragma}").fetchone()
+        if found != value:
+            raise ConfigError(f"SQLite keeps {pragma}={found} here, not {value}: put the database on a local disk")
+
+
+def _lock_before_writing(connection: sa.Connection) -> None:
+    """A reader that turns writer in mid-transaction could not wait its turn; a writer asks for the lock at once."""
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,131 @@
+"""Events of runs: append-only, numbered by the service from 1 without gaps, whoever reports and however often.
+
+The functions that take a connection are called within a transaction that holds the run's row (runs.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.reporting import Report
+from orchestrator.service.runs import Event, SequenceGap, State
+from orchestrator.service.store.database import Database
+from orchestrator.service.store.schema import EVENTS
+
+STREAMS = ("events", "metrics")  # a run's own logs
+
+
+class Events:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def list(
+        self, run_id: str, *, after: int, limit: int, level: str | None = None, type: str | None = None
+    ) -> list[Event]:
+        """Events with seq > after, in order. Whether the run exists, and for whom, is the caller's question."""
+        query = sa.select(EVENTS).where(EVENTS.c.run_id == run_id, EVENTS.c.seq > after)
+        if level is not None:
+            query = query.where(EVENTS.c.level == level)
+        if type is not None:
+            query = query.where(EVENTS.c.type == type)
+        with self._database.reading() as db:
+            return [_event(row) for row in db.execute(query.order_by(EVENTS.c.seq).limit(limit))]
+
+    def last(self, run_id: str) -> int:
+        """The newest event's number; 0 before the first."""
+        with self._database.reading() as db:
+            return _last_seq(db, run_id)
+
+    def metrics(self, run_id: str) -> list[dict[str, float | None]]:
+        """What the run reported of each step that counts, in order: a step that was done again counts once."""
+        mine = (EVENTS.c.run_id == run_id) & (EVENTS.c.stream == "metrics")
+        steps: list[dict[str, float | None]] = []
+        with self._database.reading() as db:
+            for (data,) in db.execute(sa.select(EVENTS.c.data).where(mine).order_by(EVENTS.c.report_seq)):
+                while steps and steps[-1]["step"] >= data["step"]:
+                    steps.pop()
+                steps.append(data)
+        return steps
+
+    def reported(self, run_id: str) -> dict[str, int]:
+        """The last sequence number held of each of the run's own logs; 0 when it has reported nothing."""
+        with self._database.reading() as db:
+            return {stream: _last_reported(db, run_id, stream) for stream in STREAMS}
+
+
+def note(db: sa.Connection, run_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:
+    """An event of the service's own."""
+    event = {"time": time.time(), "type": type, "level": level, "message": message, "data": data}
+    _insert(db, run_id, "service", [{"report_seq": None, **event}])
+
+
+def note_state(db: sa.Connection, run_id: str, state: State, message: str, error: Mapping[str, Any] | None) -> None:
+    """A change of state is an event too, so that whoever follows the events sees it in its place."""
+    level = "error" if state is State.FAILED else "info"
+    note(db, run_id, "run.status", message, level=level, status=state.value, error=error)
+
+
+def append_logs(db: sa.Connection, run_id: str, report: Report) -> dict[str, int]:
+    """Append what is new. Returns the last sequence number held of each log. Raises SequenceGap."""
+    records = {"events": _of_events(report), "metrics": _of_metrics(report)}
+    return {stream: _append(db, run_id, stream, records[stream]) for stream in STREAMS}
+
+
+def _of_events(report: Report) -> list[dict[str, Any]]:
+    return [event.model_dump(exclude={"seq"}) | {"report_seq": event.seq} for event in report.events]
+
+
+def _of_metrics(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "report_seq": record.seq,
+            "time": record.time,
+            "type": "metrics",
+            "level": "info",
+            "message": f"step {record.step}",
+            "data": record.values,
+        }
+        for record in report.metrics
+    ]
+
+
+def _append(db: sa.Connection, run_id: str, stream: str, records: Sequence[Mapping[str, Any]]) -> int:
+    last = _last_reported(db, run_id, stream)
+    fresh = []
+    for record in records:
+        if record["report_seq"] > last + 1:
+            message = f"{stream}: record {record['report_seq']} came before {last + 1}"
+            raise SequenceGap(message, 409, "sequence_gap", stream, last + 1)
+        if record["report_seq"] == last + 1:
+            fresh.append(record)
+            last += 1
+    _insert(db, run_id, stream, fresh)
+    return last
+
+
+def _last_reported(db: sa.Connection, run_id: str, stream: str) -> int:
+    newest = sa.select(sa.func.max(EVENTS.c.report_seq))
+    found = db.execute(newest.where(EVENTS.c.run_id == run_id, EVENTS.c.stream == stream)).scalar()
+    return 0 if found is None else int(found)
+
+
+def _last_seq(db: sa.Connection, run_id: str) -> int:
+    found = db.execute(sa.select(sa.func.max(EVENTS.c.seq)).where(EVENTS.c.run_id == run_id)).scalar()
+    return 0 if found is None else int(found)
+
+
+def _insert(db: sa.Connection, run_id: str, stream: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Number the records and insert them. The caller holds the run's row, so no other writer takes the numbers."""
+    if not records:
+        return
+    first = _last_seq(db, run_id) + 1
+    rows = [{"run_id": run_id, "stream": stream, "seq": seq, **record} for seq, record in enumerate(records, first)]
+    db.execute(EVENTS.insert(), rows)
+
+
+def _event(row: Any) -> Event:
+    return Event(seq=row.seq, time=row.time, type=row.type, level=row.level, message=row.message, data=row.data)

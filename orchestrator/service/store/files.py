@@ -1,0 +1,82 @@
+"""Files that clients uploaded: what is known of each. Their bytes lie in a folder of the service's (uploads.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.service.principals import Principal
+from orchestrator.service.store.database import Database
+from orchestrator.service.store.idempotency import Once, made_before, remember
+from orchestrator.service.store.pages import Page, page_of, visible
+from orchestrator.service.store.schema import FILES
+from potstill.errors import ServiceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """An uploaded file that was read to its end and found sound."""
+
+    id: str  # "file-" and hexadecimal digits
+    owner: str
+    key_id: str
+    filename: str  # as its owner calls it
+    purpose: str
+    format: str  # jsonl | parquet, as it was sent
+    bytes: int
+    sha256: str
+    rows: int
+    columns: Sequence[str]
+    created_at: float
+
+
+class Files:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def earlier(self, once: Once) -> File | None:
+        """What the same request made before. Raises ServiceError (422) for another one under the same key."""
+        with self._database.reading() as db:
+            made = made_before(db, once)
+            return None if made is None else _file(_row(db, made, None))
+
+    def add(self, file: File, once: Once) -> File:
+        with self._database.writing() as db:
+            db.execute(FILES.insert().values(asdict(file) | {"columns": list(file.columns)}))
+            remember(db, once, file.id)
+        return file
+
+    def get(self, file_id: str, viewer: Principal | None) -> File:
+        """Raises ServiceError (404) when there is no such file for the viewer."""
+        with self._database.reading() as db:
+            return _file(_row(db, file_id, viewer))
+
+    def page(self, viewer: Principal | None, wanted: Page, *, purpose: str | None = None) -> tuple[list[File], bool]:
+        where = [visible(FILES, viewer)] + ([] if purpose is None else [FILES.c.purpose == purpose])
+        with self._database.reading() as db:
+            rows, more = page_of(db, FILES, wanted, *where)
+        return [_file(row) for row in rows], more
+
+    def delete(self, file_id: str, viewer: Principal | None) -> None:
+        with self._database.writing() as db:
+            _row(db, file_id, viewer)
+            db.execute(FILES.delete().where(FILES.c.id == file_id))
+
+
+def new_file_id(sha256: str) -> str:
+    return f"file-{sha256[:12]}{time.time_ns():x}"
+
+
+def _row(db: sa.Connection, file_id: str, viewer: Principal | None) -> Any:
+    row = db.execute(sa.select(FILES).where(FILES.c.id == file_id, visible(FILES, viewer))).first()
+    if row is None:
+        raise ServiceError("there is no such file", 404, "file_not_found")
+    return row
+
+
+def _file(row: Any) -> File:
+    return File(**{name: value for name, value in row._mapping.items() if name != "number"})

@@ -1,0 +1,280 @@
+"""Runs: made once for each request, moved along runs.MOVES, each change of state an event in the same transaction.
+
+Every write locks the run's row first, so that the numbers of its events have one writer.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from orchestrator.reporting import Report, ReportedStatus
+from orchestrator.service.principals import Principal
+from orchestrator.service.runs import RETRIED, Failure, Run, State, check_move
+from orchestrator.service.store.database import Database
+from orchestrator.service.store.events import append_logs, note, note_state
+from orchestrator.service.store.idempotency import Once, made_before, remember
+from orchestrator.service.store.pages import Page, page_of, visible
+from orchestrator.service.store.schema import RUNS
+from potstill.errors import ServiceError
+
+Admission = Callable[[sa.Connection], None]
+"""Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """What is stored of a submission."""
+
+    id: str
+    submitted: Mapping[str, Any]
+    config: Mapping[str, Any]
+    owner: str
+    gpus: float = 0.0
+    priority: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+    forked_from: str | None = None
+    forked_checkpoint: str | None = None
+
+
+class Runs:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, new: NewRun, once: Once, admission: Admission = lambda _db: None) -> tuple[Run, bool]:
+        """Insert a queued run; on disk when this returns. The flag tells that the same request had made it before.
+
+        Raises ServiceError: 409 name_taken, 422 idempotency_key_reused, and what `admission` raises.
+        """
+        row = asdict(new) | {
+            "key_id": once.key_id,
+            "status": State.QUEUED.value,
+            "submission_id": _submission_id(new.id),
+            "attempt": 1,
+            "revision": 1,
+            "step": 0,
+            "latest": {},
+            "created_at": time.time(),
+            "busy_s": 0.0,
+            "teacher_tokens": 0,
+            "teacher_usd": 0.0,
+        }
+        try:
+            with self._database.writing() as db:
+                if (earlier := made_before(db, once)) is not None:
+                    return run_of(_row(db, earlier)), True
+                admission(db)
+                db.execute(RUNS.insert().values(row))
+                remember(db, once, new.id)
+                note_state(db, new.id, State.QUEUED, "the run is stored and waits for its turn", None)
+                return run_of(_row(db, new.id)), False
+        except IntegrityError:
+            return self._lost_race(new.id, once)
+
+    def _lost_race(self, run_id: str, once: Once) -> tuple[Run, bool]:
+        """Another connection was first: with the same request, or with another one under the same name."""
+        with self._database.reading() as db:
+            if (earlier := made_before(db, once)) is not None:
+                return run_of(_row(db, earlier)), True
+        message = f"a run named {run_id} exists: choose another name"
+        raise ServiceError(message, 409, "name_taken")
+
+    def get(self, run_id: str, viewer: Principal | None = None) -> Run:
+        """Raises ServiceError (404) when there is no such run for the viewer. None is the service itself."""
+        with self._database.reading() as db:
+            return run_of(_row(db, run_id, viewer))
+
+    def exists(self, run_id: str) -> bool:
+        with self._database.reading() as db:
+            return db.execute(sa.select(RUNS.c.id).where(RUNS.c.id == run_id)).first() is not None
+
+    def page(
+        self,
+        viewer: Principal | None,
+        wanted: Page,
+        *,
+        states: Sequence[State] = (),
+        metadata: Mapping[str, str] | None = None,
+        created_after: float | None = None,
+    ) -> tuple[list[Run], bool]:
+        """A page of runs in the order of their creation, and whether there are more."""
+        where = [visible(RUNS, viewer)]
+        if states:
+            where.append(RUNS.c.status.in_([state.value for state in states]))
+        if created_after is not None:
+            where.append(RUNS.c.created_at > created_after)
+        where += [RUNS.c.metadata[name].as_string() == value for name, value in (metadata or {}).items()]
+        with self._database.reading() as db:
+            rows, more = page_of(db, RUNS, wanted, *where)
+        return [run_of(row) for row in rows], more
+
+    def unfinished(self) -> list[Run]:
+        """Every run that is not in a final state, oldest first."""
+        live = [state.value for state in State if not state.final]
+        with self._database.reading() as db:
+            rows = db.execute(sa.select(RUNS).where(RUNS.c.status.in_(live)).order_by(RUNS.c.number)).all()
+        return [run_of(row) for row in rows]
+
+    def counts(self) -> dict[State, int]:
+        """How many runs are in each state, the empty ones included."""
+        query = sa.select(RUNS.c.status, sa.func.count()).group_by(RUNS.c.status)
+        with self._database.reading() as db:
+            found = {State(status): int(count) for status, count in db.execute(query)}
+        return dict.fromkeys(State, 0) | found
+
+    def of_key(self, key_id: str, db: sa.Connection | None = None) -> list[Run]:
+        """Every run that was submitted with a key; within the transaction of `db`, when it is given."""
+        query = sa.select(RUNS).where(RUNS.c.key_id == key_id)
+        if db is not None:
+            return [run_of(row) for row in db.execute(query)]
+        with self._database.reading() as reading:
+            return [run_of(row) for row in reading.execute(query)]
+
+    def edit(self, run_id: str, viewer: Principal, changes: Mapping[str, Any], *, revision: int) -> Run:
+        """Change priority, metadata or notes. Raises ServiceError: 404, 409 (final run), 412 (old revision)."""
+        with self._database.writing() as db:
+            row = _row(db, run_id, viewer, lock=True)
+            if State(row.status).final:
+                raise ServiceError(f"run {run_id} is {row.status}, which is final", 409, "run_is_final")
+            if row.revision != revision:
+                raise ServiceError("the run has changed since: read it again", 412, "revision_mismatch")
+            db.execute(RUNS.update().where(RUNS.c.id == run_id).values({**changes, "revision": revision + 1}))
+            return run_of(_row(db, run_id))
+
+    def move(
+        self, run_id: str, state: State, message: str, failure: Failure | None = None, viewer: Principal | None = None
+    ) -> Run:
+        """Change a run's state and record that as an event. Raises ServiceError: 404, or 409 illegal_transition."""
+        with self._database.writing() as db:
+            _move(db, _row(db, run_id, viewer, lock=True), state, message, failure, time.time())
+            return run_of(_row(db, run_id))
+
+    def launched(self, run_id: str) -> None:
+        """The cluster has the run's job: from now on it uses what it asked for."""
+        with self._database.writing() as db:
+            row = _row(db, run_id, lock=True)
+            _move(db, row, State.STARTING, "the job is submitted to the cluster", None, time.time())
+
+    def again(self, run_id: str, message: str, viewer: Principal | None = None, *, retry: bool = False) -> Run:
+        """Have a run wait for another process, whose job has a name of its own.
+
+        A run that lost its process recovers; one that is paused, or, as a `retry`, at a bad end, is queued.
+        Raises ServiceError: 404, or 409 illegal_transition.
+        """
+        with self._database.writing() as db:
+            row = _row(db, run_id, viewer, lock=True)
+            current = State(row.status)
+            if retry and current not in RETRIED:
+                message = f"run {run_id} is {current}: only a run that failed or was cancelled is retried"
+                raise ServiceError(message, 409, "illegal_transition")
+            wanted = State.QUEUED if retry or current is State.PAUSED else State.RECOVERING
+            if current is not wanted:
+                _move(db, row, wanted, message, None, time.time(), retry=retry)
+            renamed = {"submission_id": _submission_id(run_id), "attempt": row.attempt + 1}
+            db.execute(RUNS.update().where(RUNS.c.id == run_id).values(renamed))
+            return run_of(_row(db, run_id))
+
+    def spent(self, run_id: str, *, teacher_tokens: int, teacher_usd: float) -> None:
+        """What its black-box teachers have cost so far, in all."""
+        with self._database.writing() as db:
+            change = {"teacher_tokens": teacher_tokens, "teacher_usd": teacher_usd}
+            db.execute(RUNS.update().where(RUNS.c.id == run_id).values(change))
+
+    def remark(self, run_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:
+        """An event of the service's own that changes no state."""
+        with self._database.writing() as db:
+            _row(db, run_id, lock=True)
+            note(db, run_id, type, message, level=level, **data)
+
+    def delete(self, run_id: str, viewer: Principal) -> None:
+        """Forget a run that is at its end, with its events. Raises ServiceError: 404, 409 while it is not."""
+        with self._database.writing() as db:
+            row = _row(db, run_id, viewer, lock=True)
+            if not State(row.status).final:
+                raise ServiceError(f"run {run_id} is {row.status}: cancel it first", 409, "run_is_active")
+            for table in RUNS.metadata.sorted_tables:
+                if "run_id" in table.c:
+                    db.execute(table.delete().where(table.c.run_id == run_id))
+            db.execute(RUNS.delete().where(RUNS.c.id == run_id))
+
+    def report(self, run_id: str, report: Report) -> dict[str, int]:
+        """Take a run's report as a whole; a record that is already here is not taken twice.
+
+        Returns the last sequence number held of each of the run's logs. A status that the run's state does not allow
+        (it comes late, or again) changes nothing. Raises SequenceGap (409) and ServiceError (404).
+        """
+        with self._database.writing() as db:
+            row = _row(db, run_id, lock=True)
+            held = append_logs(db, run_id, report)
+            heard: dict[str, Any] = {"heartbeat_at": time.time()}
+            if report.metrics:
+                newest = report.metrics[-1]
+                heard |= {"step": newest.step, "latest": newest.values}
+            db.execute(RUNS.update().where(RUNS.c.id == run_id).values(heard))
+            for status in report.statuses:
+                row = _apply(db, row, status)
+        return held
+
+
+def run_of(row: Any) -> Run:
+    """A row of the table as the run it describes."""
+    fields = {name: value for name, value in row._mapping.items() if name not in {"number", "status", "error"}}
+    return Run(state=State(row.status), error=Failure(**row.error) if row.error is not None else None, **fields)
+
+
+def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, lock: bool = False) -> Any:
+    query = sa.select(RUNS).where(RUNS.c.id == run_id, visible(RUNS, viewer))
+    row = db.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise ServiceError("there is no such run", 404, "run_not_found")
+    return row
+
+
+def _submission_id(run_id: str) -> str:
+    return f"potstill-{run_id}-{secrets.token_hex(4)}"
+
+
+def _move(
+    db: sa.Connection,
+    row: Any,
+    state: State,
+    message: str,
+    failure: Failure | None,
+    when: float,
+    *,
+    retry: bool = False,
+) -> None:
+    if not retry:
+        check_move(row.id, State(row.status), state)
+    error = asdict(failure) if failure is not None else None
+    change: dict[str, Any] = {"status": state.value, "error": error}
+    if state is State.STARTING:
+        change["launched_at"] = when
+    if state is State.RUNNING and row.started_at is None:
+        change["started_at"] = when
+    if row.launched_at is not None and (not state.active or state is State.RECOVERING):
+        change |= {"launched_at": None, "busy_s": row.busy_s + max(0.0, when - row.launched_at)}
+    change["finished_at"] = when if state.final else None
+    db.execute(RUNS.update().where(RUNS.c.id == row.id).values(change))
+    note_state(db, row.id, state, message, error)
+
+
+def _apply(db: sa.Connection, row: Any, reported: ReportedStatus) -> Any:
+    """Move a run as it reports. One that was asked to pause and stopped is paused, not cancelled."""
+    current, wanted, error = State(row.status), State(reported.status.value), reported.error
+    if current is State.PAUSING and wanted is State.CANCELLED:
+        wanted = State.PAUSED
+    try:
+        check_move(row.id, current, wanted)
+    except ServiceError:
+        return row
+    failure = Failure(type=error.type, category=error.category, message=error.message) if error is not None else None
+    _move(db, row, wanted, f"the run reports that it is {wanted}", failure, reported.time)
+    return _row(db, row.id)
