@@ -21,6 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.service.ranges import Unsatisfiable
 from orchestrator.service.runs import SequenceGap
 from potstill.errors import ConfigError, ServiceError
 
@@ -142,7 +143,8 @@ def _refuse(request_id: str, error: ServiceError) -> JSONResponse:
     details = None
     if isinstance(error, SequenceGap):
         details = [{"loc": error.stream, "message": str(error), "wanted": error.wanted}]
-    return _error(request_id, status, error.code or "error", str(error), details)
+    headers = error.headers if isinstance(error, Unsatisfiable) else None
+    return _error(request_id, status, error.code or "error", str(error), details, headers)
 
 
 def _error(

@@ -1,0 +1,114 @@
+"""What may be done to what a run left behind: its checkpoints and its folder are removed here, and nowhere else.
+
+Refuses to remove a checkpoint that somebody may still need: one that is published, the newest two of a run that is not
+at its end, one with which another run begins; and the folder of a run whose process is still at work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.service import confined
+from orchestrator.service.manifests import checkpoint_of, checkpoints_of
+from orchestrator.service.principals import Principal
+from orchestrator.service.runs import Run
+from orchestrator.service.store import Store
+from orchestrator.service.store.checkpoints import Keeping
+from potstill.errors import ServiceError
+
+KEPT_TO_RESUME = 2  # of an unfinished run: the newest may turn out damaged, and then the one before it is used
+DOOMED = ".doomed"  # below the runs: names of those whose folder is to be removed once their row is gone
+
+
+def model_of_checkpoint(runs: Path, run_id: str, name: str) -> str:
+    """The folder from which a fork's student is loaded. Raises ServiceError: 404, 409 for a damaged checkpoint."""
+    checkpoint = checkpoint_of(runs, run_id, name)
+    if checkpoint.damaged:
+        raise ServiceError(f"{name} is damaged: fork from another checkpoint", 409, "checkpoint_damaged")
+    return str(runs.joinpath(*checkpoint.parts("model")))
+
+
+def delete_checkpoint(store: Store, runs: Path, run: Run, name: str) -> None:
+    """Raises ServiceError: 404, or 409 with the reason why it stays."""
+    checkpoint_of(runs, run.id, name)
+    there = [checkpoint.name for checkpoint in checkpoints_of(runs, run.id)]
+    reason = why_it_stays(name, run, there, store.checkpoints.of_run(run.id), _forks(store, run))
+    if reason is not None:
+        raise ServiceError(f"{name} stays: {reason}", 409, "checkpoint_in_use")
+    remove_checkpoint(store, runs, run.id, name)
+
+
+def why_it_stays(
+    name: str, run: Run, there: Sequence[str], keepings: Mapping[str, Keeping], forks: Sequence[Run]
+) -> str | None:
+    """For whom a checkpoint is kept; None: for nobody. `there`: the run's checkpoints, oldest first."""
+    published = keepings.get(name, Keeping()).published_as
+    if published is not None:
+        return f"it is published as {published}; withdraw that first"
+    if not run.state.final and name in there[-KEPT_TO_RESUME:]:
+        return f"the run is {run.state} and goes on from its newest two checkpoints"
+    begun = [fork.id for fork in forks if fork.forked_checkpoint == name]
+    return f"run {begun[0]} begins with it" if begun else None
+
+
+def remove_checkpoint(store: Store, runs: Path, run_id: str, name: str) -> None:
+    """Whoever calls has asked why_it_stays. One that the run itself has removed meanwhile is noted all the same."""
+    try:
+        with confined.taken_away(runs, run_id, "checkpoints", name):
+            store.checkpoints.note(run_id, name, deleted_at=time.time(), expires_at=None)
+    except FileNotFoundError:
+        store.checkpoints.note(run_id, name, deleted_at=time.time(), expires_at=None)
+
+
+def delete_run(store: Store, runs: Path, run_id: str, who: Principal, *, with_folder: bool) -> None:
+    """Forget a run that is at its end, and remove its folder if that is wished. Raises ServiceError: 404, 409.
+
+    The folder is doomed before the row is gone: a service that is killed in between removes it when it is back.
+    """
+    run, doom = store.runs.get(run_id, who), runs / DOOMED / run_id
+    if any(keeping.published_as is not None for keeping in store.checkpoints.of_run(run_id).values()):
+        raise ServiceError("a checkpoint of this run is published: withdraw it first", 409, "checkpoint_in_use")
+    doom.unlink(missing_ok=True)
+    if with_folder:
+        _check_quiet(runs, run_id)
+        if forks := _forks(store, run):
+            raise ServiceError(f"run {forks[0].id} begins with a checkpoint of this one", 409, "checkpoint_in_use")
+        doom.parent.mkdir(mode=0o700, exist_ok=True)
+        doom.touch()
+    try:
+        store.runs.delete(run_id, who)
+    except ServiceError:
+        doom.unlink(missing_ok=True)
+        raise
+    if with_folder:
+        remove_run(runs, run_id)
+
+
+def remove_run(runs: Path, run_id: str) -> None:
+    """Remove the folder of a run that no row knows. A link in its place, or inside it, is removed and not followed."""
+    if run_id in confined.names(runs):
+        with confined.taken_away(runs, run_id):
+            (runs / DOOMED / run_id).unlink(missing_ok=True)
+
+
+def _check_quiet(runs: Path, run_id: str) -> None:
+    """Whoever drives a run holds its lock, however it ended by its row."""
+    try:
+        file = confined.open_file(runs, run_id, "lock")
+    except FileNotFoundError:
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"a process of {run_id} is still at work: try again when it has ended"
+            raise ServiceError(message, 409, "run_is_active") from None
+
+
+def _forks(store: Store, run: Run) -> list[Run]:
+    """Runs that are not at their end and begin, or began, with a checkpoint of this one."""
+    forked = [other for other in store.runs.unfinished() if other.forked_from == run.id]
+    return [other for other in forked if other.forked_checkpoint is not None]
