@@ -20,6 +20,7 @@ from learner.packing import Packed
 from learner.ranks import Alone, Ranks
 from potstill.config import LoraConfig, OptimConfig, StudentConfig
 from potstill.errors import ConfigError
+from potstill.model_folder import check_model_folder
 
 
 class CausalModel(nn.Module):
@@ -79,14 +80,17 @@ def load_student(config: StudentConfig, *, seed: int, device: torch.device) -> C
 def load_transformer(folder: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"model {folder!r}: no config.json there; name a folder in Hugging Face format")
+    check_model_folder(Path(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=IMPLEMENTATION,
             use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:

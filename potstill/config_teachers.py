@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from potstill.references import ForeignName, ModelRef, SecretRef, StateFile, TokenizerRef, Url
 from potstill.section import Count, NotNegative, Positive, Section, Unit
 
-SecretRef = Annotated[str, Field(pattern=r"^(env|file):.+$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
@@ -42,7 +42,7 @@ class Calling(Section):
 class Scored(Reading, Calling):
     """What every teacher that scores over HTTP has."""
 
-    tokenizer: str | None = None
+    tokenizer: TokenizerRef | None = None
     """Folder of the teacher's tokenizer where it is not the student's: text is then scored in spans of equal bytes."""
     cache_mib: Count | None = None
     """Memory of each rollout worker for scores of text that comes back, such as references over several epochs or
@@ -53,13 +53,13 @@ class ServerTeacher(Scored):
     """A teacher behind HTTP (`potstill teacher serve`): a running server by url, or a model folder to start one."""
 
     kind: Literal["server"] = "server"
-    url: str | None = None
+    url: Url | None = None
     """Base URL of a running teacher server, e.g. http://127.0.0.1:8001."""
-    replicas: tuple[str, ...] = ()
+    replicas: tuple[Url, ...] = ()
     """Further servers of the same model, asked when the one before is away. Another model or revision is refused."""
-    model: str | None = None
+    model: ModelRef | None = None
     """Model folder: the run starts its own teacher server on loopback and ends it with the run."""
-    head: str | None = None
+    head: ModelRef | None = None
     """Of `url`: a folder with the model that it serves, for methods that read all logits. The learner multiplies its
     output head, and no other's, with the states that the teacher sends: 2 · hidden size bytes a token. They are rounded
     to bfloat16, which moves a log-prob by 0.003 nats on average, 0.02 at most, where logits spread by 2. None: such
@@ -100,9 +100,9 @@ class ServerTeacher(Scored):
 class EndpointTeacher(Scored):
     """An endpoint that is not potstill's and scores given text. It is known by its name: nothing tells its weights."""
 
-    url: str
+    url: Url
     """Base URL without /v1, e.g. http://127.0.0.1:8000."""
-    model: str
+    model: ForeignName
     """As the server calls it."""
     secret_ref: SecretRef | None = None
     """Where its key is kept, if it wants one."""
@@ -127,9 +127,9 @@ class CompletionsTeacher(EndpointTeacher):
 class RemoteWriter(Calling):
     """Somebody's API that answers prompts with text. Answers are kept on disk and never paid for twice."""
 
-    url: str
+    url: Url
     """Base URL, e.g. https://api.example.com; one that names its version is taken as it is: …/v1beta/openai."""
-    model: str
+    model: ForeignName
     """As the API calls it."""
     secret_ref: SecretRef | None = None
     """Where its key is kept, if it wants one: env:NAME or file:PATH. Never the key itself."""
@@ -139,7 +139,7 @@ class RemoteWriter(Calling):
     """Of its answers. 0: the same answer whenever it is asked."""
     max_tokens: Count = 512
     """Of an answer. Too small: cut answers, which are learnt without an end."""
-    answers: str = "runs/answers.sqlite"
+    answers: StateFile = "runs/answers.sqlite"
     """File that keeps answers, for this run and later ones."""
     price_in: NotNegative = 0.0
     """Dollars for a million tokens that it reads."""
@@ -198,7 +198,7 @@ class SelfTeacher(Reading):
 class LocalModel(Section):
     """One of the models that teach inside the learner."""
 
-    model: str
+    model: ModelRef
     """A folder in Hugging Face format, with the student's tokenizer."""
     weight: Positive = 1.0
     """Of this model where several score the same token; the weights are scaled to sum to 1."""

@@ -125,26 +125,9 @@ class Jsonl:
 
     def _row(self, number: int, line: str) -> dict[str, Any]:
         try:
-            row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{self._config.path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{self._config.path}:{number}: a line is an object with `prompt`")
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str | list) or not prompt:
-            raise ConfigError(f"{self._config.path}:{number}: `prompt` must be a text or a list of messages")
-        if isinstance(prompt, list) and not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-        ):
-            raise ConfigError(f"{self._config.path}:{number}: every message of `prompt` needs a `role` and a `content`")
-        answer = row.get("answer")
-        if self._config.verifier == "last_number" and answer is not None and _number(str(answer)) is None:
-            raise ConfigError(f"{self._config.path}:{number}: data.verifier = last_number, but `answer` is no number")
-        if not isinstance(row.get("solution"), str | None):
-            raise ConfigError(f"{self._config.path}:{number}: `solution` must be a text")
-        if not _is_texts(row.get("private")):
-            raise ConfigError(f"{self._config.path}:{number}: `private` must be a list of texts, none of them empty")
-        return row
+            return read_row(line, verifier=self._config.verifier)
+        except ConfigError as error:
+            raise ConfigError(f"{self._config.path}:{number}: {error}") from None
 
     @staticmethod
     def _prompt(id: str, index: int, row: Mapping[str, Any]) -> Prompt:
@@ -161,10 +144,47 @@ class Jsonl:
         )
 
 
+def read_row(line: str, *, verifier: str = "none") -> dict[str, Any]:
+    """One line of a file of prompts. Raises ConfigError that says what is wrong with it, and not where it stands."""
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        raise ConfigError("not JSON that can be read") from None
+    if not isinstance(row, dict):
+        raise ConfigError("a line is an object with `prompt`")
+    if "\\ud" in line.lower() and not _is_text(row):
+        raise ConfigError("holds half a character (a lone surrogate), which no tokenizer can read")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt:
+        raise ConfigError("`prompt` must be a text or a list of messages")
+    if isinstance(prompt, list) and not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    ):
+        raise ConfigError("every message of `prompt` needs a `role` and a `content`")
+    answer = row.get("answer")
+    if verifier == "last_number" and answer is not None and _number(str(answer)) is None:
+        raise ConfigError("data.verifier = last_number, but `answer` is no number")
+    if not isinstance(row.get("solution"), str | None):
+        raise ConfigError("`solution` must be a text")
+    if not _is_texts(row.get("private")):
+        raise ConfigError("`private` must be a list of texts, none of them empty")
+    return row
+
+
 def final_answer(completion: str) -> str | None:
     """What stands between the last <answer> and </answer>; None when the completion never commits itself."""
     found = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
     return found[-1].strip() if found else None
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_texts(value: Any) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.errors import ConfigError
+from potstill.model_folder import check_model_folder
 from potstill.types import Message
 
 if TYPE_CHECKING:
@@ -39,22 +40,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise ConfigError(f"{folder}: the tokenizer has no chat template: add chat_template.jinja")
     return tokenizer
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise ConfigError when the folder is missing, or its configs cannot be read or name code to run (`auto_map`)."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such model folder")
-    for name in ("config.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.exists():
-            continue
-        try:
-            settings = json.loads(file.read_text())
-        except (OSError, ValueError):
-            raise ConfigError(f"{file}: is not readable JSON") from None
-        if "auto_map" in settings:
-            raise ConfigError(f"{file}: asks to run its own code (auto_map), which is never done")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

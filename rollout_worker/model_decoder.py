@@ -33,7 +33,11 @@ class ModelDecoder:
     def __init__(self, model: Path, config: PretrainedConfig, dtype: str) -> None:
         self._config = config
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+            model,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.errors import ConfigError, PotstillError
+from potstill.model_folder import check_model_folder
 from potstill.processes import end_with_parent
-from potstill.tokenization import check_model_folder
 from teacher_server import logs
 from teacher_server.limits import Limits
 

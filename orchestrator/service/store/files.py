@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from orchestrator.service.principals import Principal
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.pages import Page, page_of, visible
 from orchestrator.service.store.schema import FILES
+from orchestrator.service.store.uses import require_unused
 from potstill.errors import ServiceError
 
 
@@ -44,11 +46,20 @@ class Files:
             made = made_before(db, once)
             return None if made is None else _file(_row(db, made, None))
 
-    def add(self, file: File, once: Once) -> File:
-        with self._database.writing() as db:
-            db.execute(FILES.insert().values(asdict(file) | {"columns": list(file.columns)}))
-            remember(db, once, file.id)
-        return file
+    def add(self, file: File, once: Once) -> tuple[File, bool]:
+        """Keep it; the flag tells that the same request had made another before. Raises ServiceError (422)."""
+        try:
+            with self._database.writing() as db:
+                if (made := made_before(db, once)) is not None:
+                    return _file(_row(db, made, None)), True
+                db.execute(FILES.insert().values(asdict(file) | {"columns": list(file.columns)}))
+                remember(db, once, file.id)
+        except IntegrityError:  # another connection was first with the same request
+            earlier = self.earlier(once)
+            if earlier is None:
+                raise
+            return earlier, True
+        return file, False
 
     def get(self, file_id: str, viewer: Principal | None) -> File:
         """Raises ServiceError (404) when there is no such file for the viewer."""
@@ -61,9 +72,15 @@ class Files:
             rows, more = page_of(db, FILES, wanted, *where)
         return [_file(row) for row in rows], more
 
+    def exists(self, file_id: str) -> bool:
+        with self._database.reading() as db:
+            return db.execute(sa.select(FILES.c.id).where(FILES.c.id == file_id)).first() is not None
+
     def delete(self, file_id: str, viewer: Principal | None) -> None:
+        """Forget a file. Raises ServiceError: 404, or 409 while an unfinished run names it."""
         with self._database.writing() as db:
-            _row(db, file_id, viewer)
+            _row(db, file_id, viewer, lock=True)
+            require_unused(db, FILES, file_id)
             db.execute(FILES.delete().where(FILES.c.id == file_id))
 
 
@@ -71,8 +88,9 @@ def new_file_id(sha256: str) -> str:
     return f"file-{sha256[:12]}{time.time_ns():x}"
 
 
-def _row(db: sa.Connection, file_id: str, viewer: Principal | None) -> Any:
-    row = db.execute(sa.select(FILES).where(FILES.c.id == file_id, visible(FILES, viewer))).first()
+def _row(db: sa.Connection, file_id: str, viewer: Principal | None, *, lock: bool = False) -> Any:
+    query = sa.select(FILES).where(FILES.c.id == file_id, visible(FILES, viewer))
+    row = db.execute(query.with_for_update() if lock else query).first()
     if row is None:
         raise ServiceError("there is no such file", 404, "file_not_found")
     return row

@@ -14,6 +14,7 @@ from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.pages import Page, page_of
 from orchestrator.service.store.schema import TEACHERS
+from orchestrator.service.store.uses import require_unused
 from potstill.errors import ServiceError
 
 
@@ -61,22 +62,24 @@ class Teachers:
     def change(self, teacher_id: str, config: Mapping[str, Any], *, revision: int) -> Teacher:
         """Put another table in its place; what was found of the old one is forgotten. Raises ServiceError: 404, 412."""
         with self._database.writing() as db:
-            if _row(db, teacher_id).revision != revision:
-                raise ServiceError("the teacher has changed since: read it again", 412, "revision_mismatch")
+            _check_revision(_row(db, teacher_id), revision)
             change = {"config": dict(config), "revision": revision + 1, "probe": None, "probed_at": None}
             db.execute(TEACHERS.update().where(TEACHERS.c.id == teacher_id).values(change))
             return _teacher(_row(db, teacher_id))
 
-    def probed(self, teacher_id: str, found: Mapping[str, Any]) -> Teacher:
+    def probed(self, teacher_id: str, found: Mapping[str, Any], *, revision: int) -> Teacher:
+        """Keep what was found of a table. Raises ServiceError: 404, or 412 when another table has taken its place."""
         with self._database.writing() as db:
-            _row(db, teacher_id)
+            _check_revision(_row(db, teacher_id), revision)
             change = {"probe": dict(found), "probed_at": time.time()}
             db.execute(TEACHERS.update().where(TEACHERS.c.id == teacher_id).values(change))
             return _teacher(_row(db, teacher_id))
 
     def delete(self, teacher_id: str) -> None:
+        """Raises ServiceError: 404, or 409 while an unfinished run names it."""
         with self._database.writing() as db:
             _row(db, teacher_id)
+            require_unused(db, TEACHERS, teacher_id)
             db.execute(TEACHERS.delete().where(TEACHERS.c.id == teacher_id))
 
 
@@ -86,6 +89,11 @@ def _row(db: sa.Connection, teacher_id: str) -> Any:
     if row is None:
         raise ServiceError("there is no such teacher", 404, "teacher_not_found")
     return row
+
+
+def _check_revision(row: Any, revision: int) -> None:
+    if row.revision != revision:
+        raise ServiceError("the teacher has changed since: read it again", 412, "revision_mismatch")
 
 
 def _teacher(row: Any) -> Teacher:
