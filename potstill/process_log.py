@@ -15,7 +15,21 @@ from pathlib import Path
 from potstill.refusals import refusals
 
 FOLDER = "logs"
-OWN = "orchestrator.log"  # of the process that drives the run
+DRIVER = "orchestrator"  # the process that drives the run
+
+
+def log_of(run: Path, who: str = DRIVER) -> Path:
+    """Of one process, in a run's folder."""
+    return run / FOLDER / f"{who}.log"
+
+
+def begin(run: Path, heading: str) -> None:
+    """Make the driver's log if need be, and say in it what comes now. Raises RunError when the disk refuses."""
+    path = log_of(run)
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(f"── {heading}\n".encode())
 
 
 def write_to(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
-from potstill import bundles, spool
+from potstill import bundles, process_log, spool
 from potstill.config import RunConfig
 from potstill.durable import take_away
 from potstill.errors import ChunkLost, Fenced, TeacherUnavailable
@@ -53,6 +53,7 @@ class RolloutWorker:
         self._kept = {}
         self._fence, self._spool = fence, fence.folder / "rollouts"
         self._spans = Spans(fence.folder / FOLDER / f"worker-{number}.jsonl", f"worker-{number}")
+        process_log.write_to(process_log.place(fence.folder, f"rollout-{number}"))
         self._run = await open_worker(config, accesses, met, number)
 
     async def rollout(self, chunk: range, prompts: Sequence[Prompt], oldest: int) -> list[list[Receipt]]:

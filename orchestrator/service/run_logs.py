@@ -21,11 +21,13 @@ from orchestrator.service import confined
 from orchestrator.service.neutral import MARGIN, neutral, unfinished
 from orchestrator.service.ranges import Part, refused
 from orchestrator.service.runs import Run
+from potstill import process_log
 from potstill.errors import ServiceError
-from potstill.process_log import FOLDER, OWN
+from potstill.process_log import FOLDER
 
 ROLES = ("orchestrator", "learner", "rollout", "teacher")
 MAX_TAIL_BYTES = 4 << 20
+OWN = f"{process_log.OWN}.log"
 _PIECE = 1 << 16
 _NUMBERED = re.compile(r"(learner|rollout)-([0-9]{1,6})\.log")
 
@@ -93,7 +95,13 @@ def last_lines(file: BufferedReader, count: int) -> Part:
         if len(ends) >= wanted:
             return Part(start=first + ends[-wanted] + 1, stop=whole.stop, size=whole.size, partial=False)
         position, wanted = first, wanted - len(ends)
-    return Part(start=position, stop=whole.stop, size=whole.size, partial=False)
+    return Part(start=_at_character(file, position), stop=whole.stop, size=whole.size, partial=False)
+
+
+def _at_character(file: BufferedReader, position: int) -> int:
+    """The first place from `position` on where a character begins, or what is none."""
+    file.seek(position)
+    return position + next((n for n, byte in enumerate(file.read(3)) if byte & 0xC0 != 0x80), 0)
 
 
 def neutral_pieces(file: BufferedReader, wanted: Part) -> Iterator[bytes]:

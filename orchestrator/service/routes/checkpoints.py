@@ -37,8 +37,8 @@ class Publication(BaseModel):
 
 
 class TimeToLive(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    seconds: Annotated[int, Field(ge=0, le=MAX_TTL_S)] | None
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    seconds: Annotated[float, Field(ge=0, le=MAX_TTL_S)] | None
     """From now on; null keeps it until it is deleted."""
 
 
