@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
-from potstill import bundles, process_log, spool
+from potstill import bundles, spool
 from potstill.config import RunConfig
 from potstill.durable import take_away
 from potstill.errors import ChunkLost, Fenced, TeacherUnavailable
 from potstill.fencing import Fence
+from potstill.process_log import log_of, write_to
 from potstill.spans import FOLDER, Spans
 from potstill.teachers.opening import Access
 from potstill.transports import Kept
@@ -53,7 +54,7 @@ class RolloutWorker:
         self._kept = {}
         self._fence, self._spool = fence, fence.folder / "rollouts"
         self._spans = Spans(fence.folder / FOLDER / f"worker-{number}.jsonl", f"worker-{number}")
-        process_log.write_to(process_log.place(fence.folder, f"rollout-{number}"))
+        write_to(log_of(fence.folder, f"rollout-{number}"))
         self._run = await open_worker(config, accesses, met, number)
 
     async def rollout(self, chunk: range, prompts: Sequence[Prompt], oldest: int) -> list[list[Receipt]]:

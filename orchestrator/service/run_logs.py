@@ -21,13 +21,12 @@ from orchestrator.service import confined
 from orchestrator.service.neutral import MARGIN, neutral, unfinished
 from orchestrator.service.ranges import Part, refused
 from orchestrator.service.runs import Run
-from potstill import process_log
 from potstill.errors import ServiceError
-from potstill.process_log import FOLDER
+from potstill.process_log import DRIVER, FOLDER
 
 ROLES = ("orchestrator", "learner", "rollout", "teacher")
 MAX_TAIL_BYTES = 4 << 20
-OWN = f"{process_log.OWN}.log"
+OWN = f"{DRIVER}.log"
 _PIECE = 1 << 16
 _NUMBERED = re.compile(r"(learner|rollout)-([0-9]{1,6})\.log")
 
