@@ -17,11 +17,12 @@ from sqlalchemy.exc import IntegrityError
 from orchestrator.reporting import Report, ReportedStatus
 from orchestrator.service.principals import Principal
 from orchestrator.service.runs import RETRIED, Failure, Run, State, check_move
+from orchestrator.service.scheduling import Usage
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.events import append_logs, note, note_state
 from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.pages import Page, page_of, visible
-from orchestrator.service.store.schema import RUNS
+from orchestrator.service.store.schema import KEYS, RUNS
 from potstill.errors import ServiceError
 
 Admission = Callable[[sa.Connection], None]
@@ -70,6 +71,7 @@ class Runs:
             with self._database.writing() as db:
                 if (earlier := made_before(db, once)) is not None:
                     return run_of(_row(db, earlier)), True
+                db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == once.key_id).with_for_update())  # one at a time
                 admission(db)
                 db.execute(RUNS.insert().values(row))
                 remember(db, once, new.id)
@@ -103,13 +105,16 @@ class Runs:
         states: Sequence[State] = (),
         metadata: Mapping[str, str] | None = None,
         created_after: float | None = None,
+        named: str = "",
     ) -> tuple[list[Run], bool]:
-        """A page of runs in the order of their creation, and whether there are more."""
+        """A page of runs in the order of their creation, and whether there are more. `named`: a part of their ids."""
         where = [visible(RUNS, viewer)]
         if states:
             where.append(RUNS.c.status.in_([state.value for state in states]))
         if created_after is not None:
             where.append(RUNS.c.created_at > created_after)
+        if named:
+            where.append(RUNS.c.id.contains(named, autoescape=True))
         where += [RUNS.c.metadata[name].as_string() == value for name, value in (metadata or {}).items()]
         with self._database.reading() as db:
             rows, more = page_of(db, RUNS, wanted, *where)
@@ -129,13 +134,12 @@ class Runs:
             found = {State(status): int(count) for status, count in db.execute(query)}
         return dict.fromkeys(State, 0) | found
 
-    def of_key(self, key_id: str, db: sa.Connection | None = None) -> list[Run]:
-        """Every run that was submitted with a key; within the transaction of `db`, when it is given."""
-        query = sa.select(RUNS).where(RUNS.c.key_id == key_id)
+    def usage(self, key_id: str, db: sa.Connection | None = None) -> Usage:
+        """What all runs of a key have used, and hold; within the transaction of `db`, when it is given."""
         if db is not None:
-            return [run_of(row) for row in db.execute(query)]
+            return _usage(db, key_id)
         with self._database.reading() as reading:
-            return [run_of(row) for row in reading.execute(query)]
+            return _usage(reading, key_id)
 
     def edit(self, run_id: str, viewer: Principal, changes: Mapping[str, Any], *, revision: int) -> Run:
         """Change priority, metadata or notes. Raises ServiceError: 404, 409 (final run), 412 (old revision)."""
@@ -221,6 +225,34 @@ class Runs:
             for status in report.statuses:
                 row = _apply(db, row, status)
         return held
+
+
+def _usage(db: sa.Connection, key_id: str) -> Usage:
+    live = [state.value for state in State if not state.final]
+    active = [state.value for state in State if state.active]
+    present = sa.case((RUNS.c.launched_at.is_(None), 0.0), else_=time.time() - RUNS.c.launched_at)
+    columns = {
+        "runs": sa.func.count(),
+        "unfinished": _sum(sa.case((RUNS.c.status.in_(live), 1), else_=0)),
+        "running": _sum(sa.case((RUNS.c.status.in_(active), 1), else_=0)),
+        "gpu_hours": _sum(RUNS.c.gpus * (RUNS.c.busy_s + present)) / 3600.0,
+        "teacher_tokens": _sum(RUNS.c.teacher_tokens),
+        "teacher_usd": _sum(RUNS.c.teacher_usd),
+    }
+    query = sa.select(*(column.label(name) for name, column in columns.items())).where(RUNS.c.key_id == key_id)
+    row = db.execute(query).one()
+    return Usage(
+        runs=int(row.runs),
+        unfinished=int(row.unfinished),
+        running=int(row.running),
+        gpu_hours=float(row.gpu_hours),
+        teacher_tokens=int(row.teacher_tokens),
+        teacher_usd=float(row.teacher_usd),
+    )
+
+
+def _sum(column: Any) -> Any:
+    return sa.func.coalesce(sa.func.sum(column), 0)
 
 
 def run_of(row: Any) -> Run:
