@@ -2,7 +2,7 @@
 
 `python -m tests.tiny_run CONFIG --report-to URL`. The config's seed says how it goes: 0 succeeds, 1 fails and says so,
 2 works until it is told to stop, 3 dies without a word, 4 works as long as it has steps, 50 ms each,
-5 dies without a word the first time and succeeds when it is resumed.
+or until it is told to stop, 5 dies without a word the first time and succeeds when it is resumed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def work(config: RunConfig, journal: Journal, stopped: threading.Event, *, resum
     for step in range(1, config.loop.steps + 1):
         journal.event("step.finished", f"step {step}", step=step)
         journal.metrics(step, {"loss": 1.0 / step})
-        if config.seed == 4:
-            stopped.wait(0.05)
+        if config.seed == 4 and stopped.wait(0.05):
+            journal.status(Status.CANCELLED)
+            return 5
     if config.seed == 2:
         stopped.wait(60.0)
         journal.event("run.cleaned", "the checkpoint is written")
