@@ -23,8 +23,10 @@ from orchestrator.service.serve import compose
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from potstill.errors import ServiceError
+from potstill.process_log import log_of
 
 POLL_S = 0.05
+LEASE_S = 2.0
 
 
 class ProcessLauncher:
@@ -38,7 +40,10 @@ class ProcessLauncher:
 
     def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
         place = self._folder / run.submission_id
-        place.mkdir()
+        try:
+            place.mkdir()
+        except FileExistsError:  # as Ray refuses a second job of one name
+            raise ServiceError("there is such a job already", 503, "cluster_unavailable") from None
         shell = f'{self._script} & echo $! > "{place}/pid"; wait $!; echo $? > "{place}/exit"'
         environment = {
             **os.environ,
@@ -48,7 +53,7 @@ class ProcessLauncher:
             "REPORT_TO": self._report_url,
             "RESUME": "--resume" if resume else "",
         }
-        with (place / "log").open("wb") as log:
+        with log_of(config.parent).open("ab") as log:
             subprocess.Popen(["sh", "-c", shell], env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def look(self) -> Mapping[str, Job]:
@@ -58,9 +63,6 @@ class ProcessLauncher:
         place = self._folder / submission_id
         if (place / "pid").exists() and not (place / "exit").exists():
             os.kill(int((place / "pid").read_text()), signal.SIGTERM)
-
-    def log_tail(self, submission_id: str) -> str:
-        return "\n".join((self._folder / submission_id / "log").read_text().splitlines()[-20:])
 
     def _job(self, place: Path) -> Job:
         code = (place / "exit").read_text().strip() if (place / "exit").exists() else ""
@@ -79,9 +81,6 @@ class AwayLauncher:
     def stop(self, submission_id: str) -> None:
         raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
 
-    def log_tail(self, submission_id: str) -> str:
-        raise ServiceError("the cluster does not answer", 503, "cluster_unavailable")
-
 
 def main() -> None:
     from tests.services import options
@@ -91,7 +90,7 @@ def main() -> None:
     store = Store(Database(asked.database))
     launcher = ProcessLauncher(folder / "jobs", script, f"http://127.0.0.1:{port}")
     holder = rest[1] if len(rest) > 1 else "test"
-    state = compose(store, launcher, Signer(b"test"), asked, holder=holder, poll_s=POLL_S)
+    state = compose(store, launcher, Signer(b"test"), asked, holder=holder, poll_s=POLL_S, lease_s=LEASE_S)
     uvicorn.run(create_app(state), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
 
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.service.runs import Run
 from potstill.calling.guard import LOOPBACK
 from potstill.errors import ServiceError
+from potstill.process_log import log_of
 from potstill.teachers.opening import ALLOWED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 STOP_WAIT_S = 60  # between SIGTERM and SIGKILL: a run that is asked to stop writes its checkpoint and report first
-LOG_TAIL_LINES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +41,16 @@ class Launcher(Protocol):
     """Starts and stops the processes of runs. Raises ServiceError (503) when the cluster does not answer."""
 
     def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
-        """Start `run` from its config file, or go on with it. The token travels in the environment alone."""
+        """Start `run` from its config file, or go on with it. The token travels in the environment alone.
+
+        What the process writes goes to the end of its log in the config's folder (potstill/process_log.py).
+        """
 
     def look(self) -> Mapping[str, Job]:
         """Every job that the cluster remembers, by submission id."""
 
     def stop(self, submission_id: str) -> None:
         """Ask a job to stop, with SIGTERM first. Asking again is harmless."""
-
-    def log_tail(self, submission_id: str) -> str:
-        """The last lines that the job wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +81,10 @@ class RayLauncher:
             # a submitted config is somebody else's text: it may not look around in the operator's network
             ALLOWED: os.environ.get(ALLOWED, ",".join(LOOPBACK)),
         }
+        log = shlex.quote(str(log_of(config.parent)))  # Ray's own copy is gone with the cluster
         with _ray_errors():
             self._client.submit_job(
-                entrypoint=shlex.join([*self._command, *arguments]),
+                entrypoint=f"exec {shlex.join([*self._command, *arguments])} >> {log} 2>&1",
                 submission_id=run.submission_id,
                 runtime_env={"env_vars": environment},
                 metadata={"potstill_run": run.id, "potstill_service": self._service},
@@ -105,10 +106,6 @@ class RayLauncher:
     def stop(self, submission_id: str) -> None:
         with _ray_errors():
             self._client.stop_job(submission_id)
-
-    def log_tail(self, submission_id: str) -> str:
-        with _ray_errors():
-            return "\n".join(self._client.get_job_logs(submission_id).splitlines()[-LOG_TAIL_LINES:])
 
     @cached_property
     def _client(self) -> JobSubmissionClient:

@@ -109,10 +109,6 @@ class Run:
     teacher_tokens: int
     teacher_usd: float
 
-    def gpu_hours(self, now: float) -> float:
-        present = 0.0 if self.launched_at is None else max(0.0, now - self.launched_at)
-        return self.gpus * (self.busy_s + present) / 3600.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:

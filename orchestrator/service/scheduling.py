@@ -8,7 +8,7 @@ Refuses nothing by itself: `admit` says why a run may not even be stored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.service.principals import Limits
@@ -28,18 +28,6 @@ class Usage:
     gpu_hours: float
     teacher_tokens: int
     teacher_usd: float
-
-    @staticmethod
-    def of(runs: Iterable[Run], now: float) -> Usage:
-        runs = list(runs)
-        return Usage(
-            runs=len(runs),
-            unfinished=sum(not run.state.final for run in runs),
-            running=sum(run.state.active for run in runs),
-            gpu_hours=sum(run.gpu_hours(now) for run in runs),
-            teacher_tokens=sum(run.teacher_tokens for run in runs),
-            teacher_usd=sum(run.teacher_usd for run in runs),
-        )
 
 
 def admit(usage: Usage, limits: Limits) -> None:

@@ -37,7 +37,7 @@ from orchestrator.service.retention import expire
 from orchestrator.service.state import ServiceState
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
-from orchestrator.service.supervisor import Supervisor
+from orchestrator.service.supervisor import LEASE_S, Supervisor
 from potstill.errors import ConfigError
 
 HEAD_RECORD = ".ray-head.json"
@@ -95,7 +95,14 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
 
 
 def compose(
-    store: Store, launcher: Launcher, signer: Signer, options: ServiceOptions, *, holder: str, poll_s: float = POLL_S
+    store: Store,
+    launcher: Launcher,
+    signer: Signer,
+    options: ServiceOptions,
+    *,
+    holder: str,
+    poll_s: float = POLL_S,
+    lease_s: float = LEASE_S,
 ) -> ServiceState:
     """Everything that the routes share."""
     runs = options.runs
@@ -115,6 +122,7 @@ def compose(
         runs=runs,
         holder=holder,
         poll_s=poll_s,
+        lease_s=lease_s,
         slots=options.slots,
         chores=[lambda held: expire(held, runs)],
     )

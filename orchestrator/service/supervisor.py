@@ -28,11 +28,13 @@ from pathlib import Path
 from orchestrator.reporting import Report, logs_in, status_in
 from orchestrator.service.jobs import Job, Launcher
 from orchestrator.service.keys import Signer
-from orchestrator.service.runs import Failure, Run, State, category_of_exit
-from orchestrator.service.scheduling import Usage, overspent, starting
+from orchestrator.service.run_logs import text_at_end
+from orchestrator.service.runs import Failure, Run, State, category_of_exit, rfc3339
+from orchestrator.service.scheduling import overspent, starting
 from orchestrator.service.spending import spent_in
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Lease
+from potstill import process_log
 from potstill.errors import Fenced, RunError, ServiceError
 from potstill.journal import STOP_AT_ONCE, Status, steps_in, write_json
 from potstill.refusals import refusals
@@ -40,6 +42,7 @@ from potstill.refusals import refusals
 TRIES = 3  # launches in a row, with no step done between, after which a run that loses its process has failed
 LEASE = "supervisor"
 LEASE_S = 10.0  # renewed before every step; what a frozen or killed service holds runs up by
+LOG_TAIL_LINES = 20
 CHORES_S = 30.0  # between two rounds of housekeeping
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class Supervisor:
         runs: Path,
         holder: str,
         poll_s: float,
+        lease_s: float = LEASE_S,
         slots: int | None = None,
         chores: Sequence[Callable[[Store], None]] = (),
     ) -> None:
@@ -71,6 +75,7 @@ class Supervisor:
         self.runs = runs
         self._holder = holder
         self._poll_s = poll_s
+        self._lease_s = lease_s
         self._slots = slots
         self._chores = tuple(chores)
         self._chores_due = 0.0
@@ -150,7 +155,7 @@ class Supervisor:
 
     def _hold(self) -> bool:
         """Take or renew the lease; whether it is ours."""
-        lease = self._shared.leases.take(LEASE, self._holder, LEASE_S)
+        lease = self._shared.leases.take(LEASE, self._holder, self._lease_s)
         if lease is not None and lease != self._lease:
             self._store = self._shared.under(lease)
         self._lease = lease
@@ -173,7 +178,7 @@ class Supervisor:
                 self._store.runs.spent(run.id, teacher_tokens=tokens, teacher_usd=usd)
         ids = {run.key_id for run in active}
         limits = {key.id: key.principal.limits for key in self._store.keys.list() if key.id in ids}
-        usages = {key_id: Usage.of(self._store.runs.of_key(key_id), time.time()) for key_id in limits}
+        usages = {key_id: self._store.runs.usage(key_id) for key_id in limits}
         for run, how in overspent(active, usages, limits):
             self._store.runs.move(run.id, State.PAUSING, f"its key's budget is used up ({how}): raise it, then resume")
 
@@ -207,6 +212,7 @@ class Supervisor:
             write_json(folder / "submitted.json", run.config)
             # what a process before this one wrote would otherwise pass for this one's last word, if it writes none
             write_json(folder / "status.json", {"status": Status.QUEUED.value, "time": time.time()})
+            process_log.begin(folder, f"attempt {run.attempt}, {rfc3339(time.time())}")
         except RunError as error:
             self._store.runs.move(run.id, State.FAILED, str(error), _failure("RunError", None, str(error)))
             return
@@ -251,10 +257,7 @@ class Supervisor:
             return message, _failure("WorkerLost", None, message)
         code = "no exit code" if job.exit_code is None else f"exit code {job.exit_code}"
         message = f"the run's process ended without a final report ({code})"
-        try:
-            tail = self._launcher.log_tail(run.submission_id)
-        except ServiceError:  # the log is gone with its node; the run has ended all the same
-            tail = None
+        tail = text_at_end(self.runs, run.id, LOG_TAIL_LINES)
         return message, _failure("WorkerLost", job.exit_code, message, tail)
 
 

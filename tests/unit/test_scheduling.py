@@ -52,16 +52,6 @@ def test_no_limit_is_ever_crossed(wishes: list[tuple[str, int]], most: dict[str,
             assert sum(other.key_id == one.key_id for other in chosen) == most[one.key_id]
 
 
-def test_what_a_key_has_used_is_the_sum_of_its_runs():
-    runs = [
-        run("done", State.SUCCEEDED, gpus=2.0, busy_s=1800.0, teacher_tokens=5, teacher_usd=0.5),
-        run("on", State.RUNNING, gpus=1.0, busy_s=0.0, launched_at=1000.0),
-        run("waits", State.PAUSED),
-    ]
-    used = Usage.of(runs, now=4600.0)
-    assert used == Usage(runs=3, unfinished=2, running=1, gpu_hours=2.0, teacher_tokens=5, teacher_usd=0.5)
-
-
 @pytest.mark.parametrize("limit", ["runs", "unfinished", "gpu_hours", "teacher_tokens", "teacher_usd"])
 def test_a_key_whose_limit_is_reached_submits_nothing_more(limit: str):
     used = Usage(runs=2, unfinished=2, running=0, gpu_hours=2.0, teacher_tokens=2, teacher_usd=2.0)

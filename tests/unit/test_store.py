@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sqlite3
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from orchestrator.reporting import Report
 from orchestrator.service.keys import Signer
 from orchestrator.service.principals import Limits, Principal, Scope
 from orchestrator.service.runs import Failure, SequenceGap, State
+from orchestrator.service.scheduling import Usage
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once
@@ -53,8 +53,17 @@ def light(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def create(store: Store, name: str = "one", *, key: str | None = None, body: str = "b", who: Principal = ALICE):
-    new = NewRun(id=name, submitted={"name": name}, config={"name": name}, owner=who.owner, metadata={"of": name})
+def create(
+    store: Store,
+    name: str = "one",
+    *,
+    key: str | None = None,
+    body: str = "b",
+    who: Principal = ALICE,
+    gpus: float = 0.0,
+):
+    config, metadata = {"name": name}, {"of": name}
+    new = NewRun(id=name, submitted=config, config=config, owner=who.owner, metadata=metadata, gpus=gpus)
     return store.runs.create(new, Once(key_id=who.key_id, key=key, route="/v1/runs", body_digest=body))
 
 
@@ -274,7 +283,24 @@ def test_hours_are_counted_while_a_run_has_processes(store: Store):
     store.runs.report("one", status("cancelled", launched + 36))
     run = store.runs.get("one")
     assert (run.state, run.launched_at, round(run.busy_s)) == (State.PAUSED, None, 36)
-    assert dataclasses.replace(run, gpus=2.0).gpu_hours(now=time.time()) == pytest.approx(0.02, rel=0.01)
+
+
+def test_what_a_key_has_used_is_the_sum_of_its_runs(store: Store):
+    assert store.runs.usage("a") == Usage(
+        runs=0, unfinished=0, running=0, gpu_hours=0.0, teacher_tokens=0, teacher_usd=0.0
+    )
+    for name, gpus in (("done", 2.0), ("on", 1.0), ("waits", 0.0)):
+        create(store, name, gpus=gpus)
+    create(store, "other", who=BOB, gpus=8.0)
+    for name in ("done", "on"):
+        store.runs.launched(name)
+    launched = store.runs.get("done").launched_at
+    assert launched is not None
+    store.runs.report("done", status("succeeded", launched + 1800.0))
+    store.runs.spent("done", teacher_tokens=5, teacher_usd=0.5)
+    used = store.runs.usage("a")
+    assert (used.runs, used.unfinished, used.running, used.teacher_tokens, used.teacher_usd) == (3, 2, 1, 5, 0.5)
+    assert used.gpu_hours == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_deleted_run_leaves_its_name_free_and_an_active_one_stays(store: Store):

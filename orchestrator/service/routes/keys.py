@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -12,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.service.principals import Limits, Principal, Scope
 from orchestrator.service.routes.asking import Admin, Auditing, Stored, listed, principal
 from orchestrator.service.runs import rfc3339
-from orchestrator.service.scheduling import Usage
 from orchestrator.service.store.keys import Key
 from potstill.errors import ServiceError
 
@@ -29,6 +29,11 @@ class NewKey(BaseModel):
     scopes: Annotated[list[Scope], Field(min_length=1)] = [Scope.RUNS_READ, Scope.RUNS_WRITE]
     limits: Limits = Limits()
     expires_in_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
+
+
+class ChangedKey(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    limits: Limits
 
 
 @router.get("/me", operation_id="who_am_i")
@@ -57,6 +62,14 @@ def list_keys(_who: Admin, store: Stored) -> dict[str, Any]:
 @router.get("/keys/{key_id}", operation_id="get_key")
 def get_key(key_id: str, _who: Admin, store: Stored) -> dict[str, Any]:
     return _key_resource(store.keys.get(key_id)) | {"usage": _usage(store, key_id)}
+
+
+@router.patch("/keys/{key_id}", operation_id="update_key")
+def update_key(key_id: str, body: ChangedKey, who: Admin, store: Stored, audit: Auditing) -> dict[str, Any]:
+    """Set a key's limits, all of them: those that are left out are lifted."""
+    key = store.keys.change(key_id, limits=body.limits)
+    audit(who, "key.update", key_id, limits=body.limits.model_dump(exclude_none=True))
+    return _key_resource(key)
 
 
 @router.post("/keys/{key_id}/rotate", operation_id="rotate_key")
@@ -91,8 +104,7 @@ def list_audit(
 
 
 def _usage(store: Any, key_id: str) -> dict[str, Any]:
-    usage = Usage.of(store.runs.of_key(key_id), time.time())
-    return {name: getattr(usage, name) for name in Usage.__slots__}
+    return asdict(store.runs.usage(key_id))
 
 
 def _key_resource(key: Key) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.service import submissions
-from orchestrator.service.artifacts import remove_run
+from orchestrator.service.artifacts import delete_run as delete_with_artifacts
 from orchestrator.service.gate import JsonObject
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes.asking import (
@@ -31,7 +30,7 @@ from orchestrator.service.routes.asking import (
 )
 from orchestrator.service.runs import Run, config_resource, run_resource
 from orchestrator.service.runs import State as RunState
-from orchestrator.service.scheduling import Usage, admit
+from orchestrator.service.scheduling import admit
 from orchestrator.service.state import ServiceState
 from orchestrator.service.submissions import Changes, Fork
 from potstill.errors import ServiceError
@@ -69,7 +68,7 @@ def create_run(
     submission = submissions.read(body, who, state.catalog)
     if dry_run:
         return JSONResponse(_plan_resource(submission))
-    made, replayed = _store_run(state, who, submission, once(who, idempotency_key, "/v1/runs", body))
+    made, replayed = store_run(state, who, submission, once(who, idempotency_key, "/v1/runs", body))
     if not replayed:
         audit(who, "run.create", made.id)
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
@@ -87,7 +86,7 @@ def list_runs(
     """A page of runs by creation, newest first. `metadata[name]=value` keeps those that carry the pair."""
     after = None if created_after is None else created_after.timestamp()
     runs, more = state.store.runs.page(
-        who, page, states=status or (), metadata=_metadata_filter(request), created_after=after
+        who, page, states=status or (), metadata=metadata_filter(request), created_after=after
     )
     return listed([run_resource(run) for run in runs], more)
 
@@ -119,9 +118,7 @@ def delete_run(
     run_id: str, who: Writer, state: State, audit: Auditing, artifacts: Literal["keep", "delete"] = "keep"
 ) -> Response:
     """Forget a run that is at its end. Its folder stays unless `artifacts=delete`."""
-    state.store.runs.delete(run_id, who)
-    if artifacts == "delete":
-        remove_run(state.runs, run_id)
+    delete_with_artifacts(state.store, state.runs, run_id, who, with_folder=artifacts == "delete")
     audit(who, "run.delete", run_id, artifacts=artifacts)
     return Response(status_code=204)
 
@@ -198,13 +195,13 @@ def fork_run(
     submission = submissions.read(submissions.fork_of(parent.submitted, body, model), who, state.catalog)
     request = once(who, idempotency_key, f"/v1/runs/{run_id}/fork", body.model_dump(mode="json"))
     origin = {"forked_from": run_id, "forked_checkpoint": body.from_checkpoint}
-    made, replayed = _store_run(state, who, submission, request, **origin)
+    made, replayed = store_run(state, who, submission, request, **origin)
     if not replayed:
         audit(who, "run.fork", made.id, parent=run_id)
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
 
 
-def _store_run(
+def store_run(
     state: ServiceState, who: Principal, submission: submissions.Submission, request: Any, **origin: str | None
 ) -> tuple[Run, bool]:
     """Store it, within its key's limits, and have the supervisor look."""
@@ -213,7 +210,7 @@ def _store_run(
     runs = state.store.runs
 
     def admission(db: Any) -> None:
-        admit(Usage.of(runs.of_key(who.key_id, db), time.time()), who.limits)
+        admit(runs.usage(who.key_id, db), who.limits)
 
     made, replayed = runs.create(new, request, admission)
     state.supervisor.nudge()
@@ -250,7 +247,7 @@ def _set(table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metadata_filter(request: Request) -> dict[str, str]:
+def metadata_filter(request: Request) -> dict[str, str]:
     found = (
         (re.fullmatch(r"metadata\[(.{1,64})\]", name), value) for name, value in request.query_params.multi_items()
     )

@@ -63,6 +63,14 @@ class Keys:
             db.execute(KEYS.insert().values(row))
             return _key(_row(db, key_id)), text
 
+    def change(self, key_id: str, *, limits: Limits) -> Key:
+        """Set what a key may use. Raises ServiceError (404)."""
+        with self._database.writing() as db:
+            _row(db, key_id)
+            change = {"limits": limits.model_dump(exclude_none=True)}
+            db.execute(KEYS.update().where(KEYS.c.id == key_id).values(change))
+            return _key(_row(db, key_id))
+
     def rotate(self, key_id: str) -> tuple[Key, str]:
         """Give a key another secret: the old one stops working, its runs, scopes, limits and sessions' owner stay."""
         text, _, secret = new_key(key_id)
