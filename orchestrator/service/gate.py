@@ -38,11 +38,16 @@ _TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
     500: "internal_error",
+    502: "teacher_error",
     503: "overloaded_error",
+    504: "teacher_error",
 }
 _RETRYABLE = frozenset({429, 503})
 _PHRASES = {404: "there is nothing at this path", 405: "this path does not take this method"}
 _PROBES = frozenset({"/livez", "/readyz"})  # a kubelet asks by address
+JSON, FORM = "application/json", "multipart/form-data"
+# A form is what a page of another site may send without asking: the Origin alone turns it away.
+_UPLOADS = {("POST", "/v1/files"): (FORM, "application/jsonl", "application/vnd.apache.parquet")}
 
 
 class Gate:
@@ -79,8 +84,9 @@ class Gate:
             return ServiceError("this request comes from a page of another site", 403, "origin_not_allowed")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                return ServiceError("send a body of Content-Type: application/json", 415, "content_type")
+            taken = _UPLOADS.get((scope["method"], scope["path"]), (JSON,))
+            if kind not in taken:
+                return ServiceError(f"send a body of Content-Type: {' or '.join(taken)}", 415, "content_type")
         return None
 
     def _is_ours(self, origin: str, headers: Headers) -> bool:
