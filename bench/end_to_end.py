@@ -3,10 +3,12 @@
     python -m bench.end_to_end [--engines transformers vllm] [--rounds 2] [--steps 8] [--peer]
 
 The work is bench.steady_state's. Each round measures, one after the other, the stages alone (bench/stages.py), a
-synchronous run, an asynchronous one (loop.max_staleness = 1) and, with --peer, TRL's DistillationTrainer on the same
-models, prompts, lengths and batch, so that a noisy machine is as noisy to each. Medians over rounds; a run's speed is
-that of its steps after the warm-up, all that happens between steps included.
+synchronous run, asynchronous ones (loop.max_staleness = 1 and 2) and, with --peer, TRL's DistillationTrainer on the
+same models, prompts, lengths and batch, so that a noisy machine is as noisy to each. Medians over rounds; a run's speed
+is that of its steps after the warm-up, all that happens between steps included.
 
+    chain      the stages' sum / (1 + max_staleness), or the slowest stage: what the order of the work allows, each
+               stage as fast as alone, since step s is written by a version of at least s - 1 - max_staleness
     overhead   what a synchronous step takes beyond the sum of its stages, as a share of the step
     capacity   how many times more matrix products this machine does with every core busy than with one
     floor      CPU seconds of all stages / capacity, or the slowest stage: no schedule makes a step faster here
@@ -40,7 +42,8 @@ from potstill.journal import Journal, steps_in
 
 WARM_UP, LAST = 3, 2  # steps at the ends that are not steady; of an asynchronous run, nothing is written at the end
 MANY_STEPS = 10_000  # of which a run makes the first few: what is done a few times a run is not done all the time
-MODES = {"synchronous": 0, "asynchronous": 1}
+MODES = {"synchronous": 0, "asynchronous": 1, "asynchronous_2": 2}
+"""By loop.max_staleness. Three stages overlap when two versions are in flight behind the one that is made."""
 PRODUCTS_S, START_S = 2.0, 5.0
 PRODUCTS = """
 import sys, time, torch
@@ -177,8 +180,15 @@ def compared(turns: Sequence[Mapping[str, Any]], worth: float, trl: Mapping[str,
             "floor": round(tokens / floor),
         },
         "synchronous_overhead": round(1 - in_turn / step_s["synchronous"], 3),
-        "asynchronous_of_slowest_stage": round(slowest / step_s["asynchronous"], 3),
-        "asynchronous_of_floor": round(floor / step_s["asynchronous"], 3),
+        **{
+            f"{mode}_of": {
+                "slowest_stage": round(slowest / step_s[mode], 3),
+                "floor": round(floor / step_s[mode], 3),
+                "chain": round(max(slowest, in_turn / (1 + staleness)) / step_s[mode], 3),
+            }
+            for mode, staleness in MODES.items()
+            if staleness
+        },
         **(
             {"of_trl": {mode: round(found[mode] / trl["trained_tokens_per_second"], 2) for mode in MODES}}
             if trl

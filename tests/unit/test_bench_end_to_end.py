@@ -24,11 +24,11 @@ def test_runs_are_compared_with_their_stages_and_with_the_peer():
         "cpu_seconds": {"generate": [1.0], "score": [4.0], "train": [3.0]},
         "tokens": [4000],
     }
-    turn = {"alone": alone, "synchronous": [(10.0, 4000)], "asynchronous": [(5.0, 4000)]}
+    turn = {"alone": alone, "synchronous": [(10.0, 4000)], "asynchronous": [(5.0, 4000)], "asynchronous_2": [(4.0, 4000)]}
     found = compared([turn], 1.6, {"trained_tokens_per_second": 200})
     assert found["tokens_per_second_alone"]["sum_of_stages"] == 500
     assert found["tokens_per_second_alone"]["slowest_stage"] == 1000
     assert found["synchronous_overhead"] == pytest.approx(0.2)
-    assert found["asynchronous_of_slowest_stage"] == pytest.approx(0.8)
-    assert found["asynchronous_of_floor"] == pytest.approx(1.0)
-    assert found["of_trl"] == {"synchronous": 2, "asynchronous": 4}
+    assert found["asynchronous_of"] == {"slowest_stage": 0.8, "floor": 1.0, "chain": 0.8}
+    assert found["asynchronous_2_of"] == {"slowest_stage": 1.0, "floor": 1.25, "chain": 1.0}
+    assert found["of_trl"] == {"synchronous": 2, "asynchronous": 4, "asynchronous_2": 5}
