@@ -12,7 +12,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart opsd black-box test chaos check docs bench clean
+.PHONY: help setup tools quickstart opsd black-box test chaos check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,7 +34,10 @@ opsd: setup ## the same with the student as its own teacher
 black-box: setup ## teachers of which only text can be had, of another tokenizer, or several: before and after, as JSON
 	$(PYTHON) -m bench.recipes $(BLACK_BOX) --runs runs $(ARGS)
 
-test: setup ## all tests
+tools: ## PostgreSQL and Chromium, which the tests start: installed where that can be done
+	.ci/tools
+
+test: setup tools ## all tests
 	$(PYTHON) -m pytest $(ARGS)
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
