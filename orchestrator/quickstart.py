@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -78,6 +79,7 @@ class Quickstart:
         self._seed = seed
         self._folder = folder
         self._cache = runs / "cache"
+        self._shelf = runs / "models"  # what was prepared, under plain names: `potstill serve --models`
         self._display = display
         self._changes = changes  # to every phase alike
         self._folders: dict[str, Path] = {}  # of the preparations that are made
@@ -91,6 +93,7 @@ class Quickstart:
             async with site(self._undecided(self._recipe.distil)) as opened, self._answering:
                 for name in self._recipe.prepared:
                     self._folders[name] = await self._prepare(opened, name)
+                    _copy(last_checkpoint(self._folders[name]), self._shelf / name.replace("_", "-"))
                 report = await self._distil(opened)
         report["peak_rss_bytes"] = footprint.peak_bytes
         report["seconds_recipe"] = time.perf_counter() - started
@@ -193,6 +196,14 @@ def _digest(*parts: str) -> str:
 def _succeeded(folder: Path) -> bool:
     status = folder / "status.json"
     return status.exists() and json.loads(status.read_text())["status"] == Status.SUCCEEDED.value
+
+
+def _copy(model: Path, place: Path) -> None:
+    """Put a copy of a model folder in the place of an earlier one."""
+    fresh = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.copytree(model, fresh)
+    shutil.rmtree(place, ignore_errors=True)
+    fresh.rename(place)
 
 
 def _accuracy(folder: Path) -> float | None:
