@@ -173,31 +173,28 @@ class RolloutWorker:
 def described(scored: ScoredRollout, decode: Callable[[list[int]], Any]) -> dict[str, Any]:
     """The rollout as text, token by token; its prompt is the student's, and the teacher's own is not shown."""
     rollout, scores = scored.rollout, scored.scores
-    teacher = scores.sampled if scores is not None else np.full(len(rollout.completion_ids), math.nan)
-    columns = zip(
-        rollout.completion_ids.tolist(),
-        rollout.student_logprobs.tolist(),
-        teacher.tolist(),
-        rollout.weight_versions.tolist(),
-        rollout.loss_mask.tolist(),
-        strict=True,
-    )
+    absent = np.full(len(rollout.completion_ids), math.nan)
+    columns = {
+        "id": rollout.completion_ids,
+        "student_logprob": rollout.student_logprobs,
+        "teacher_logprob": absent if scores is None else scores.sampled,
+        "version": rollout.weight_versions,
+        "trained": rollout.loss_mask,
+    }
+    if scores is not None and scores.chunks is not None:
+        columns["chunk"] = scores.chunks
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return {
+        "rollout_id": rollout.id,
         "prompt_id": rollout.prompt_id,
+        "domain": rollout.domain,
+        "origin": rollout.origin,
         "prompt": HIDDEN if rollout.privileged else decode(rollout.prompt_ids.tolist()),
+        "teacher_reads": "prompt" if rollout.teacher_context_ids is None else "privileged",
+        "temperature": rollout.temperature,
         "reward": rollout.reward,
         "finish_reason": rollout.finish_reason.value,
-        "tokens": [
-            {
-                "text": decode([token]),
-                "id": token,
-                "student_logprob": student,
-                "teacher_logprob": teacher,
-                "version": version,
-                "trained": trained,
-            }
-            for token, student, teacher, version, trained in columns
-        ],
+        "tokens": [{"text": decode([row[0]]), **dict(zip(columns, row, strict=True))} for row in rows],
     }
 
 
