@@ -1,18 +1,20 @@
 """What may be done to what a run left behind: its checkpoints and its folder are removed here, and nowhere else.
 
 Refuses to remove a checkpoint that somebody may still need: one that is published, the newest two of a run that is not
-at its end, one with which another run begins; and the folder of a run whose process is still at work.
+at its end, one that an unfinished run uses as a model; and the folder of a run whose process is still at work.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.service import confined
-from orchestrator.service.manifests import checkpoint_of, checkpoints_of
+from orchestrator.service.manifests import checkpoint_of, names_of
 from orchestrator.service.principals import Principal
 from orchestrator.service.runs import Run
 from orchestrator.service.store import Store
@@ -34,24 +36,31 @@ def model_of_checkpoint(runs: Path, run_id: str, name: str) -> str:
 def delete_checkpoint(store: Store, runs: Path, run: Run, name: str) -> None:
     """Raises ServiceError: 404, or 409 with the reason why it stays."""
     checkpoint_of(runs, run.id, name)
-    there = [checkpoint.name for checkpoint in checkpoints_of(runs, run.id)]
-    reason = why_it_stays(name, run, there, store.checkpoints.of_run(run.id), _forks(store, run))
+    reason = why_it_stays(store, runs, run, name)
     if reason is not None:
         raise ServiceError(f"{name} stays: {reason}", 409, "checkpoint_in_use")
     remove_checkpoint(store, runs, run.id, name)
 
 
-def why_it_stays(
-    name: str, run: Run, there: Sequence[str], keepings: Mapping[str, Keeping], forks: Sequence[Run]
-) -> str | None:
-    """For whom a checkpoint is kept; None: for nobody. `there`: the run's checkpoints, oldest first."""
-    published = keepings.get(name, Keeping()).published_as
-    if published is not None:
-        return f"it is published as {published}; withdraw that first"
-    if not run.state.final and name in there[-KEPT_TO_RESUME:]:
+def why_it_stays(store: Store, runs: Path, run: Run, name: str) -> str | None:
+    """For whom a checkpoint is kept; None: for nobody."""
+    published_as = store.checkpoints.of_run(run.id).get(name, Keeping()).published_as
+    if published_as is not None:
+        return f"it is published as {published_as}; withdraw that first"
+    if not run.state.final and name in names_of(runs, run.id)[-KEPT_TO_RESUME:]:
         return f"the run is {run.state} and goes on from its newest two checkpoints"
-    begun = [fork.id for fork in forks if fork.forked_checkpoint == name]
-    return f"run {begun[0]} begins with it" if begun else None
+    users = users_of(runs / run.id / "checkpoints" / name, store.runs.unfinished())
+    return f"run {users[0]} uses it, and is not at its end" if users else None
+
+
+def users_of(folder: Path, unfinished: Sequence[Run]) -> list[str]:
+    """The runs whose config names `folder`, or something inside it."""
+    place = os.path.realpath(folder)  # as the catalog resolves it
+    return [
+        run.id
+        for run in unfinished
+        if any(text == place or text.startswith(f"{place}/") for text in _texts(run.config))
+    ]
 
 
 def remove_checkpoint(store: Store, runs: Path, run_id: str, name: str) -> None:
@@ -68,14 +77,16 @@ def delete_run(store: Store, runs: Path, run_id: str, who: Principal, *, with_fo
 
     The folder is doomed before the row is gone: a service that is killed in between removes it when it is back.
     """
-    run, doom = store.runs.get(run_id, who), runs / DOOMED / run_id
+    store.runs.get(run_id, who)
+    doom = runs / DOOMED / run_id
     if any(keeping.published_as is not None for keeping in store.checkpoints.of_run(run_id).values()):
         raise ServiceError("a checkpoint of this run is published: withdraw it first", 409, "checkpoint_in_use")
     doom.unlink(missing_ok=True)
     if with_folder:
         _check_quiet(runs, run_id)
-        if forks := _forks(store, run):
-            raise ServiceError(f"run {forks[0].id} begins with a checkpoint of this one", 409, "checkpoint_in_use")
+        if users := users_of(runs / run_id, store.runs.unfinished()):
+            message = f"run {users[0]} uses a checkpoint of this one, and is not at its end"
+            raise ServiceError(message, 409, "checkpoint_in_use")
         doom.parent.mkdir(mode=0o700, exist_ok=True)
         doom.touch()
     try:
@@ -108,7 +119,13 @@ def _check_quiet(runs: Path, run_id: str) -> None:
             raise ServiceError(message, 409, "run_is_active") from None
 
 
-def _forks(store: Store, run: Run) -> list[Run]:
-    """Runs that are not at their end and begin, or began, with a checkpoint of this one."""
-    forked = [other for other in store.runs.unfinished() if other.forked_from == run.id]
-    return [other for other in forked if other.forked_checkpoint is not None]
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a config, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)

@@ -85,10 +85,15 @@ class Checkpoint:
         }
 
 
+def names_of(runs: Path, run_id: str) -> list[str]:
+    """Of the checkpoints of a run, oldest first."""
+    found = [name for name in confined.names(runs, run_id, "checkpoints") if NAME.fullmatch(name)]
+    return sorted(found, key=lambda name: int(name.removeprefix("step-")))
+
+
 def checkpoints_of(runs: Path, run_id: str) -> list[Checkpoint]:
     """Oldest first."""
-    found = [name for name in confined.names(runs, run_id, "checkpoints") if NAME.fullmatch(name)]
-    read = (_read(runs, run_id, name) for name in sorted(found, key=lambda name: int(name.removeprefix("step-"))))
+    read = (_read(runs, run_id, name) for name in names_of(runs, run_id))
     return [checkpoint for checkpoint in read if checkpoint is not None]
 
 

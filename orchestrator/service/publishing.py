@@ -14,11 +14,10 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from orchestrator.service import confined
+from orchestrator.service.artifacts import users_of
 from orchestrator.service.manifests import MODEL, Checkpoint, checkpoint_of, open_of
 from orchestrator.service.runs import Run
 from orchestrator.service.store import Store
@@ -57,8 +56,7 @@ def withdraw(store: Store, runs: Path, run: Run, checkpoint_name: str) -> str:
     name = store.checkpoints.of_run(run.id).get(checkpoint_name, Keeping()).published_as
     if name is None:
         raise ServiceError("that checkpoint is not published", 404, "not_published")
-    place = str(runs / PUBLISHED / name)
-    users = [other.id for other in store.runs.unfinished() if place in _texts(other.config)]
+    users = users_of(runs / PUBLISHED / name, store.runs.unfinished())
     if users:
         raise ServiceError(f"run {users[0]} uses it, and is not at its end", 409, "model_in_use")
     try:
@@ -115,18 +113,6 @@ def _link_or_copy(runs: Path, checkpoint: Checkpoint, name: str, target: Path) -
 
 def _model_files(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint.files if name.startswith(MODEL)]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a config, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def _damaged(checkpoint: Checkpoint, why: str) -> ServiceError:
