@@ -6,11 +6,17 @@ import difflib
 from collections.abc import Iterable
 
 
-def hint(word: str, known: Iterable[str]) -> str:
-    """The names near to `word` as a question, or all known names when none is near; begins with a semicolon."""
+def hint(word: str, known: Iterable[str], *, most: int | None = None) -> str:
+    """The names near to `word` as a question, or the known names when none is near; begins with a semicolon.
+
+    `most`: of the known names, so many are shown at most.
+    """
     names = list(known)
     near = " or ".join(repr(name) for name in similar(word, names))
-    return f"; did you mean {near}?" if near else f"; known: {', '.join(names)}"
+    if near:
+        return f"; did you mean {near}?"
+    shown = names if most is None else names[:most]
+    return f"; known: {', '.join(shown) or 'none'}" + (", …" if len(shown) < len(names) else "")
 
 
 def similar(word: str, known: Iterable[str]) -> list[str]:

@@ -61,6 +61,14 @@ class Cluster:
     token: str | None
 
 
+def teachers_allowed() -> str:
+    """Where submitted runs, and the service for its clients, may call teachers beside public addresses.
+
+    What a client says is somebody else's text: it may not look around in the operator's network.
+    """
+    return os.environ.get(ALLOWED, ",".join(LOOPBACK))
+
+
 class RayLauncher:
     """Runs as Ray jobs. `command` is what starts a run; the config's path and --report-to are appended to it.
 
@@ -78,8 +86,7 @@ class RayLauncher:
         environment = {
             "POTSTILL_RUN_TOKEN": token,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
-            # a submitted config is somebody else's text: it may not look around in the operator's network
-            ALLOWED: os.environ.get(ALLOWED, ",".join(LOOPBACK)),
+            ALLOWED: teachers_allowed(),
         }
         log = shlex.quote(str(log_of(config.parent)))  # Ray's own copy is gone with the cluster
         with _ray_errors():

@@ -33,14 +33,14 @@ class Shelf:
     """
 
     def __init__(self, roots: Sequence[Path], holds: Callable[[Path], bool]) -> None:
-        self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
+        self.roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._holds = holds
 
     def find(self, name: str) -> Found | None:
         """None for what is no name, is not there, is something else, or lies outside."""
         if not is_name(name):
             return None
-        for root in self._roots:
+        for root in self.roots:
             path = inside(root, name)
             if path is not None and self._holds(path):
                 return Found(path=path, root=root)
@@ -49,7 +49,7 @@ class Shelf:
     def names(self) -> list[str]:
         """What there is, in order; at most MOST_LISTED."""
         found: dict[str, None] = {}
-        for root in self._roots:
+        for root in self.roots:
             for name in self._below(root, "", _PARTS):
                 found[name] = None
                 if len(found) == MOST_LISTED:

@@ -1,7 +1,8 @@
 """Probing: from a URL or a run config to what its teachers were found to be, ready to print.
 
-    of_url    one teacher that answers at a URL, of a kind that is named or recognised
-    of_run    every teacher that a run would call and does not start itself
+    of_url      one teacher that answers at a URL, of a kind that is named or recognised
+    of_run      every teacher that a run would call and does not start itself
+    of_table    one teacher by its own [teacher] table
 
 It refuses, with ConfigError, a teacher whose kind needs more than it was told. Keys are read here and shown nowhere.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pydantic import ValidationError
 
 from potstill.algebra.objective import Tier
+from potstill.calling.guard import Guard
 from potstill.config import RunConfig
 from potstill.config_teachers import Calling, CompletionsTeacher, RemoteWriter, ServerTeacher, VllmTeacher
 from potstill.errors import ConfigError, TeacherError
@@ -26,7 +28,7 @@ from potstill.probing.comparison import Comparison, compare
 from potstill.probing.page import chat_lines, compared_lines, scorer_lines, served, served_lines
 from potstill.probing.probe import ProbeReport, open_alone, probe
 from potstill.probing.recognition import kind_of
-from potstill.teachers.opening import Access, ScoringTeacher, called, open_endpoint, secret
+from potstill.teachers.opening import Access, ScoringTeacher, called, open_endpoint, open_servers, secret
 from potstill.teachers.scorer import Scorer
 from potstill.teachers.server import TeacherClient
 from potstill.teachers.writer import versioned
@@ -169,13 +171,32 @@ async def of_run(config: RunConfig, *, say: Callable[[str], None]) -> list[Found
         if isinstance(table, RemoteWriter):
             found.append(await _writer(table.url, key, table.model, say))
         else:
-            found.append(await _of_table(config, table, Access(url=table.url, key=key)))
+            found.append(await _of_run_table(config, table, Access(url=table.url, key=key)))
     if not found:
         raise ConfigError(f"teacher.kind {config.teacher.kind!r} has nobody to probe: the run brings its own teacher")
     return found
 
 
-async def _of_table(config: RunConfig, table: ScoringTeacher, access: Access) -> FoundScorer:
+async def of_table(
+    table: ScoringTeacher | RemoteWriter, access: Access, *, tokenizer: Path | None, guard: Guard | None = None
+) -> FoundScorer | FoundWriter:
+    """The teacher of a table that no run has: what it can do by itself.
+
+    `tokenizer`: a folder with the teacher's own, where the table names none. Raises ConfigError when it needs one.
+    """
+    if isinstance(table, RemoteWriter):
+        endpoint = open_endpoint(versioned(access.url), access.key, _CALLING, guard)
+        return FoundWriter(url=access.url, model=table.model, report=await probe_chat(endpoint, table.model))
+    folder = tokenizer if table.tokenizer is None else Path(table.tokenizer)
+    own = None if folder is None else load_tokenizer(folder)
+    if isinstance(table, ServerTeacher):
+        scorer = open_servers(table, access, guard)
+    else:
+        scorer, own = open_alone(table, access, student=_required(own, "tokenizer", table.kind), guard=guard)
+    return FoundScorer(url=access.url, kind=table.kind, report=await _probed(scorer, own, table.kind))
+
+
+async def _of_run_table(config: RunConfig, table: ScoringTeacher, access: Access) -> FoundScorer:
     student = Path(config.student.model)
     scorer, tokenizer = open_alone(table, access, student=load_tokenizer(student))
     report = await _probed(scorer, tokenizer, table.kind)

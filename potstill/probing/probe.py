@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from potstill.algebra.objective import Tier
+from potstill.calling.guard import Guard
 from potstill.errors import AlignmentError, TeacherError, TeacherRefused, TokenizerMismatch
 from potstill.probing.findings import refusals
 from potstill.probing.interview import LEAST_CONTEXT, Interview, Unscored
@@ -81,12 +82,12 @@ class ProbeReport:
 
 
 def open_alone(
-    teacher: ScoringTeacher, access: Access, *, student: PreTrainedTokenizerBase
+    teacher: ScoringTeacher, access: Access, *, student: PreTrainedTokenizerBase, guard: Guard | None = None
 ) -> tuple[Scorer, PreTrainedTokenizerBase]:
     """One teacher in its own tokens, without what keeps its answers, and its tokenizer: by itself, as it is probed."""
     own = student if teacher.tokenizer is None else load_tokenizer(teacher.tokenizer)
     plain = teacher.model_copy(update={"tokenizer": None, "cache_mib": None})
-    return open_scorer(plain, {TEACHER: access}, student=own), own
+    return open_scorer(plain, {TEACHER: access}, student=own, guard=guard), own
 
 
 async def probe(scorer: Scorer, tokenizer: PreTrainedTokenizerBase | None = None) -> ProbeReport:

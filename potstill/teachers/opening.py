@@ -89,12 +89,15 @@ def secret(reference: str, setting: str) -> str:
         raise ConfigError(f"{setting}: {name} holds no text") from None
 
 
-def open_endpoint(url: str, key: str | None, calling: Calling) -> Endpoint:
-    """An endpoint that is called with a bearer key, where there is one. Raises ConfigError for one that may not be."""
+def open_endpoint(url: str, key: str | None, calling: Calling, guard: Guard | None = None) -> Endpoint:
+    """An endpoint that is called with a bearer key, where there is one. Raises ConfigError for one that may not be.
+
+    Without a `guard` of the caller's own, it is this process's.
+    """
     return Endpoint(
         url=url,
         headers={} if key is None else {"authorization": SecretStr(f"Bearer {key}")},
-        guard=_guard(os.environ),
+        guard=guard_of(os.environ) if guard is None else guard,
         policy=CallPolicy(
             deadline_s=calling.deadline_s,
             concurrency=calling.concurrency,
@@ -105,13 +108,22 @@ def open_endpoint(url: str, key: str | None, calling: Calling) -> Endpoint:
     )
 
 
-def open_scorer(teacher: TeacherConfig, accesses: Mapping[str, Access], *, student: PreTrainedTokenizerBase) -> Scorer:
-    """Whoever scores for this table, in the student's tokens. Raises ConfigError for a kind that scores nothing."""
+def open_scorer(
+    teacher: TeacherConfig,
+    accesses: Mapping[str, Access],
+    *,
+    student: PreTrainedTokenizerBase,
+    guard: Guard | None = None,
+) -> Scorer:
+    """Whoever scores for this table, in the student's tokens. Raises ConfigError for a kind that scores nothing.
+
+    `guard` as of open_endpoint.
+    """
     if isinstance(teacher, SeveralTeachers):
         return Several(
             {
                 name: Seat(
-                    scorer=_scorer(member.teacher, accesses[name], student),
+                    scorer=_scorer(member.teacher, accesses[name], student, guard),
                     weight=member.weight,
                     domains=frozenset(member.domains),
                 )
@@ -119,7 +131,7 @@ def open_scorer(teacher: TeacherConfig, accesses: Mapping[str, Access], *, stude
             }
         )
     if isinstance(teacher, ServerTeacher | VllmTeacher | CompletionsTeacher):
-        return _scorer(teacher, accesses[TEACHER], student)
+        return _scorer(teacher, accesses[TEACHER], student, guard)
     raise ConfigError(f"teacher.kind {teacher.kind!r} is not scored by over HTTP")
 
 
@@ -140,21 +152,27 @@ def open_black_box(config: RemoteWriter, access: Access, *, place: str, spent: P
     return BlackBox(writer, AnswerStore(kept), meter, config, place=place)
 
 
-def _scorer(teacher: ScoringTeacher, access: Access, student: PreTrainedTokenizerBase) -> Scorer:
+def _scorer(teacher: ScoringTeacher, access: Access, student: PreTrainedTokenizerBase, guard: Guard | None) -> Scorer:
     """In the student's tokens, whatever the teacher's own are."""
-    scorer = _alone(teacher, access, student)
+    scorer = _alone(teacher, access, student, guard)
     if teacher.tokenizer is not None:
         scorer = RetokenisedScorer(scorer, student=student, teacher=load_tokenizer(teacher.tokenizer))
     return scorer if teacher.cache_mib is None else CachedScorer(scorer, ScoreCache(teacher.cache_mib * 2**20))
 
 
-def _alone(teacher: ScoringTeacher, access: Access, student: PreTrainedTokenizerBase) -> Scorer:
+def open_servers(teacher: ServerTeacher, access: Access, guard: Guard | None = None) -> Scorer:
+    """A server of potstill's own and its replicas: it knows its tokens, and needs no tokenizer here."""
+    urls = (access.url, *teacher.replicas)
+    servers = [TeacherClient(open_endpoint(url, access.key, teacher, guard)) for url in urls]
+    return servers[0] if len(servers) == 1 else Replicas(servers)
+
+
+def _alone(teacher: ScoringTeacher, access: Access, student: PreTrainedTokenizerBase, guard: Guard | None) -> Scorer:
     def endpoint(url: str) -> Endpoint:
-        return open_endpoint(url, access.key, teacher)
+        return open_endpoint(url, access.key, teacher, guard)
 
     if isinstance(teacher, ServerTeacher):
-        servers = [TeacherClient(endpoint(url)) for url in (access.url, *teacher.replicas)]
-        return servers[0] if len(servers) == 1 else Replicas(servers)
+        return open_servers(teacher, access, guard)
     reads = Path(teacher.tokenizer or student.name_or_path)
     if isinstance(teacher, VllmTeacher):
         return VllmScorer(endpoint(access.url), model=teacher.model, revision=teacher.revision, tokenizer=reads)
@@ -167,7 +185,8 @@ def _alone(teacher: ScoringTeacher, access: Access, student: PreTrainedTokenizer
     )
 
 
-def _guard(environment: Mapping[str, str]) -> Guard:
+def guard_of(environment: Mapping[str, str]) -> Guard:
+    """The guard of a run's process, which asks ALLOWED for the addresses that may be called beside public ones."""
     given = environment.get(ALLOWED)
     allow = LAPTOP if given is None else [entry.strip() for entry in given.split(",") if entry.strip()]
     return Guard(allow, setting=ALLOWED)
