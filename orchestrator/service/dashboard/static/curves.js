@@ -1,0 +1,171 @@
+// The curves of one run, or of several on the same axes: numbers from /v1/runs/{id}/metrics, drawn by uPlot.
+import { say, send } from "/static/api.js";
+
+const box = document.getElementById("curves");
+const runs = box ? box.dataset.runs.split(",") : [];
+const alone = !("axis" in (document.querySelector("[data-axis]")?.dataset ?? {}));
+const POINTS = 5000, MARGIN = 1.08;
+const held = JSON.parse(box?.dataset.heldOut ?? "[]");
+let axis = "step", tables = [];
+const plots = new Map();
+
+const FORMATS = {
+  share: (value) => `${(100 * value).toFixed(1)}%`,
+  whole: (value) => Math.round(value).toLocaleString("en"),
+  plain: (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3))),
+};
+const nothing = "–";
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/** The mean of each point and its neighbours, a twentieth of the curve in all. As plots.running_mean. */
+function runningMean(values) {
+  const reach = Math.floor(values.length / 40);
+  return values.map((value, centre) => {
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, centre - reach), centre + reach + 1).filter((one) => one !== null);
+    return near.reduce((sum, one) => sum + one, 0) / near.length;
+  });
+}
+
+/** What a figure draws: [{xs, ys, stroke, width, shows, points}]. `shows` is the readout that the line belongs to. */
+function linesOf(figure) {
+  const readouts = [...figure.querySelectorAll(".now")], smooth = "smooth" in figure.dataset, found = [];
+  const own = alone ? readouts.map((readout, at) => [tables[0], readout, at]) : tables.map((table, at) => [table, readouts[0], at]);
+  for (const [table, readout, at] of own) {
+    const xs = table.columns[axis], ys = table.columns[readout.dataset.key];
+    if (!xs || !ys || !ys.some((y) => y !== null)) continue;
+    const strong = colour(`--line-${at + 1}`), mean = smooth && ys.length > 40;
+    if (mean && alone) found.push({ xs, ys, stroke: `${strong}66`, width: 1, shows: readout });
+    found.push({ xs, ys: mean ? runningMean(ys) : ys, stroke: strong, width: 1.8, shows: mean && alone ? null : readout });
+  }
+  if (alone && "held" in figure.dataset && held.length)
+    found.push({ xs: held.map(([x]) => x), ys: held.map(([, y]) => y), stroke: colour("--ink"), width: 0, dots: true, shows: null });
+  return found;
+}
+
+function scaleOf(figure) {
+  const zero = "zero" in figure.dataset;
+  return (self, low, high) => {
+    if (low === null || high === null) return [0, 1];
+    const bottom = zero ? Math.min(0, low) : low - (high - low || 1) * 0.06;
+    return [bottom, high === bottom ? bottom + 1 : bottom + (high - bottom) * MARGIN];
+  };
+}
+
+function optionsOf(figure, lines) {
+  const plot = figure.querySelector(".plot"), format = FORMATS[figure.querySelector(".now").dataset.format];
+  const muted = colour("--muted"), rule = colour("--rule"), font = "11px system-ui, sans-serif";
+  const tick = (value) => (value >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : format(value).replace(".0%", "%"));
+  const across = (value) => (value >= 1e6 ? `${+(value / 1e6).toPrecision(3)}M` : value >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : String(+value.toPrecision(6)));
+  return {
+    width: plot.clientWidth,
+    height: plot.clientHeight,
+    legend: { show: false },
+    padding: [6, 8, 0, 0],
+    scales: { x: { time: false }, y: { range: scaleOf(figure) } },
+    cursor: { sync: { key: "potstill" }, y: false, points: { size: 6 }, drag: { x: true, y: false } },
+    axes: [
+      { stroke: muted, font, size: 26, gap: 4, grid: { show: false }, ticks: { stroke: rule, width: 1, size: 4 }, values: (self, all) => all.map(across), space: 60 },
+      { stroke: muted, font, size: 46, gap: 5, grid: { stroke: rule, width: 1 }, ticks: { show: false }, values: (self, all) => all.map(tick), space: 34 },
+    ],
+    series: [{}, ...lines.map(({ stroke, width, dots, xs }) => ({
+      stroke, width, spanGaps: true,
+      points: dots ? { show: true, size: 7, fill: stroke, stroke } : { show: xs.length === 1, size: 6, fill: stroke },
+    }))],
+    hooks: { setCursor: [(self) => readOut(figure, lines, self)] },
+  };
+}
+
+/** Writes what the lines are at the cursor, or at their end, beside their names. */
+function readOut(figure, lines, plot) {
+  const at = plot?.cursor.idx ?? null;
+  lines.forEach(({ shows, ys }, number) => {
+    if (!shows || !alone) return;
+    const whole = at === null ? null : plot.data[number + 1][at];
+    const value = whole ?? (at === null ? ys.findLast((y) => y !== null) : null);
+    shows.textContent = `${shows.dataset.label} ${value === null || value === undefined ? nothing : FORMATS[shows.dataset.format](value)}`;
+  });
+}
+
+function describe(figure, lines) {
+  const title = figure.querySelector("b").textContent.trim(), plot = figure.querySelector(".plot");
+  const ends = lines.filter(({ shows }) => shows).map(({ shows, ys }) => {
+    const [first, last] = [ys.find((y) => y !== null), ys.findLast((y) => y !== null)].map(FORMATS[shows.dataset.format]);
+    return `${shows.dataset.label} from ${first} to ${last}`;
+  });
+  plot.setAttribute("aria-label", `${title}: ${ends.join("; ") || "not measured"}`);
+}
+
+function draw(figure) {
+  const plot = figure.querySelector(".plot"), lines = linesOf(figure);
+  plots.get(figure)?.destroy();
+  plots.delete(figure);
+  describe(figure, lines);
+  plot.querySelector(".absent")?.remove();
+  if (!lines.length) {
+    const absent = document.createElement("p");
+    absent.className = "absent";
+    absent.textContent = "not measured";
+    plot.append(absent);
+    return;
+  }
+  const data = uPlot.join(lines.map(({ xs, ys }) => [xs, ys]));
+  plots.set(figure, new uPlot(optionsOf(figure, lines), data, plot));
+  readOut(figure, lines, null);
+}
+
+function drawAll() {
+  for (const figure of box.querySelectorAll(".curve")) draw(figure);
+}
+
+async function load() {
+  const keys = [...new Set([...box.querySelectorAll(".now")].map((one) => one.dataset.key).concat("tokens_trained", "seconds_total"))];
+  const wanted = async (run) => {
+    const there = await send("GET", `/v1/runs/${run}/metrics?max_points=10`);
+    const known = keys.filter((key) => there.keys.includes(key));
+    return send("GET", `/v1/runs/${run}/metrics?max_points=${POINTS}&keys=${known.join(",")}`);
+  };
+  try {
+    tables = await Promise.all(runs.map(wanted));
+    drawAll();
+  } catch (error) { say(error.message, true); }
+}
+
+/** A step as it was reported goes to the end; one that was done again, after a run went back, asks for all. */
+function add(values) {
+  const { columns } = tables[0], last = columns.step.at(-1) ?? 0;
+  if (values.step <= last || columns.step.length > 2 * POINTS) return load();
+  for (const key of Object.keys(columns)) columns[key].push(values[key] ?? null);
+  return null;
+}
+
+if (box) {
+  let waiting = false;
+  const soon = () => {
+    if (waiting) return;
+    waiting = true;
+    setTimeout(() => { waiting = false; drawAll(); }, 1000);
+  };
+  document.addEventListener("run-event", ({ detail }) => {
+    if (!tables.length || !alone) return;
+    if (detail.type === "metrics") { add(detail.data); soon(); }
+    if (detail.type === "eval.finished" && detail.data.stage !== "teacher") { held.push([detail.data.step, detail.data.accuracy]); soon(); }
+  });
+  document.addEventListener("colours-changed", drawAll);
+  new ResizeObserver(() => {
+    for (const [figure, plot] of plots) {
+      const { clientWidth: width, clientHeight: height } = figure.querySelector(".plot");
+      if (width && width !== plot.width) plot.setSize({ width, height });
+    }
+  }).observe(box);
+  for (const button of document.querySelectorAll("[data-axis]"))
+    button.addEventListener("click", () => {
+      axis = button.dataset.axis;
+      for (const one of document.querySelectorAll("[data-axis]")) one.setAttribute("aria-pressed", String(one === button));
+      drawAll();
+    });
+  load();
+}
