@@ -33,12 +33,12 @@ def serve(
     """Serve the API. Uses the Ray cluster at RAY_ADDRESS, or starts a Ray head of its own on loopback."""
     from orchestrator.service.serve import ServiceOptions, serve
 
-    folder = runs.resolve()
+    root = runs.resolve()
     options = ServiceOptions(
         host=host,
         port=port,
-        runs=folder,
-        database=database or f"sqlite:///{folder / 'potstill.db'}",
+        runs=root,
+        database=database or f"sqlite:///{root / 'potstill.db'}",
         key_file=key_file,
         allowed_hosts=tuple(allow_host or ()),
         report_url=report_url,
