@@ -63,7 +63,8 @@ def taken_away(root: Path, *parts: str) -> Iterator[None]:
         _check(part)
     name, hidden = parts[-1], f".{parts[-1]}.{uuid.uuid4().hex[:8]}"  # as durable.sweep knows what is to be removed
     with folder(root, *parts[:-1]) as inside:
-        os.rename(name, hidden, src_dir_fd=inside, dst_dir_fd=inside)
+        with _absence(name):
+            os.rename(name, hidden, src_dir_fd=inside, dst_dir_fd=inside)
         try:
             yield
         except BaseException:
@@ -82,8 +83,15 @@ def _remove(name: str, inside: int) -> None:
 
 def _open(part: str, inside: int, flags: int) -> int:
     _check(part)
-    try:
+    with _absence(part):
         return os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=inside)
+
+
+@contextmanager
+def _absence(part: str) -> Iterator[None]:
+    """What is of another kind than was asked for, or cannot be named, is not there."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _ABSENT:
             raise _absent(part) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -41,7 +42,7 @@ class StoredFile(BaseModel):
 class _Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     step: Annotated[int, Field(ge=0, lt=2**53)]
-    files: dict[str, StoredFile]
+    files: Annotated[dict[str, StoredFile], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,7 @@ def _has_size(runs: Path, checkpoint: Checkpoint, name: str) -> bool:
     *outer, last = checkpoint.parts(name)
     try:
         with confined.folder(runs, *outer) as inside:
-            return os.stat(last, dir_fd=inside, follow_symlinks=False).st_size == checkpoint.files[name].bytes
+            found = os.stat(last, dir_fd=inside, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == checkpoint.files[name].bytes
