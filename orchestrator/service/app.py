@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 import potstill
 from orchestrator.service import dashboard, gate
+from orchestrator.service.authentication import Authentication
 from orchestrator.service.measures import Measures
 from orchestrator.service.routes import (
     capabilities,
@@ -49,10 +50,11 @@ def create_app(state: ServiceState, *, hosts: Iterable[str] = (), measures: Meas
             yield
         finally:
             await asyncio.to_thread(state.supervisor.stop)
+            await state.catalog.scorers.aclose()
 
     app = FastAPI(title="potstill", version=potstill.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = state
-    gate.install(app, hosts)
+    gate.install(app, hosts, Authentication(state.store, state.signer))
     if measures is not None:
         measures.install(app)
     for routes in ROUTERS:

@@ -1,13 +1,13 @@
 """What every request passes and every refusal looks like: request id, host and content-type checks, one error shape.
 
 Refuses hosts that are not listed (a web page that rebinds its own name cannot reach a service on loopback), bodies
-that are not JSON (a web page cannot send those elsewhere without asking) and bodies that are too large.
+that are not JSON (a web page cannot send those elsewhere without asking), whoever is not known (authentication.py), and
+then bodies that are too large (bodies.py).
 No message contains the text of a foreign exception, a path or a repr.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import uuid
@@ -15,12 +15,15 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.service.authentication import SAFE, Authentication
+from orchestrator.service.bodies import read_json
 from orchestrator.service.ranges import Unsatisfiable
 from orchestrator.service.runs import SequenceGap
 from potstill.errors import ConfigError, ServiceError
@@ -28,7 +31,6 @@ from potstill.errors import ConfigError, ServiceError
 log = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-MAX_BODY_BYTES = 4 << 20
 RETRY_AFTER_S = 2
 
 _TYPES = {
@@ -51,11 +53,12 @@ _UPLOADS = {("POST", "/v1/files"): (FORM, "application/jsonl", "application/vnd.
 
 
 class Gate:
-    """ASGI middleware. Gives each request an id and turns away what no route should see."""
+    """ASGI middleware. Gives each request an id, and turns away what no route should see before its body is read."""
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], authentication: Authentication) -> None:
         self._app = app
         self._hosts = LOOPBACK | set(hosts)
+        self._authentication = authentication
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,53 +73,56 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await _refuse(request_id, refusal)(scope, receive, send_with_id)
+        try:
+            receive = await self._admitted(scope, headers, receive)
+        except ServiceError as error:
+            await _refuse(request_id, error)(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> ServiceError | None:
-        if scope["path"] not in _PROBES and _host_name(headers.get("host", "")) not in self._hosts:
-            return ServiceError("this service does not answer to that Host", 400, "host_not_allowed")
+    async def _admitted(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """Raises ServiceError for what is turned away; returns what gives the body."""
+        method, path = scope["method"], scope["path"]
+        self._check_origin(method, path, headers)
+        who = await run_in_threadpool(self._authentication.of_request, method, path, headers)
+        scope["state"]["principal"] = who
+        if _kinds(method, path, headers) != (JSON,):
+            return receive
+        scope["state"]["body"], receive = await read_json(receive, headers.get("content-length"))
+        return receive
+
+    def _check_origin(self, method: str, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if path not in _PROBES and _host_name(host) not in self._hosts:
+            raise ServiceError("this service does not answer to that Host", 400, "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and scope["method"] not in {"GET", "HEAD"} and not self._is_ours(origin, headers):
-            return ServiceError("this request comes from a page of another site", 403, "origin_not_allowed")
-        if scope["method"] in {"POST", "PUT", "PATCH"}:
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            taken = _UPLOADS.get((scope["method"], scope["path"]), (JSON,))
-            if kind not in taken:
-                return ServiceError(f"send a body of Content-Type: {' or '.join(taken)}", 415, "content_type")
-        return None
-
-    def _is_ours(self, origin: str, headers: Headers) -> bool:
-        """Whether a page that this service has served may have sent it: the same host and port."""
-        return origin.partition("://")[2].lower() == headers.get("host", "").lower()
+        if origin is not None and method not in SAFE and origin.partition("://")[2].lower() != host.lower():
+            raise ServiceError("this request comes from a page of another site", 403, "origin_not_allowed")
 
 
-async def json_object(request: Request) -> dict[str, Any]:
-    """The request's body as a JSON object; an empty body is an empty one. A dependency, so that it runs after auth."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise ServiceError(f"the body is larger than {MAX_BODY_BYTES} bytes", 413, "body_too_large")
-    try:
-        value = json.loads(body or b"{}", parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are JSON, but no text
-    except (ValueError, RecursionError):  # ValueError: bad JSON, bad UTF-8, NaN, a surrogate
-        raise ServiceError("the body is not a JSON value in UTF-8", 400, "invalid_json") from None
-    if not isinstance(value, dict):
-        raise ServiceError("the body must be a JSON object", 400, "invalid_json")
-    return value
+def _kinds(method: str, path: str, headers: Headers) -> tuple[str, ...]:
+    """The kinds of body that the path takes; none, where the method has no body. Raises ServiceError (415)."""
+    if method not in {"POST", "PUT", "PATCH"}:
+        return ()
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    taken = _UPLOADS.get((method, path), (JSON,))
+    if kind not in taken:
+        raise ServiceError(f"send a body of Content-Type: {' or '.join(taken)}", 415, "content_type")
+    return taken
+
+
+def json_object(request: Request) -> dict[str, Any]:
+    """The request's body, which the gate has read."""
+    body: dict[str, Any] = request.state.body
+    return body
 
 
 JsonObject = Annotated[dict[str, Any], Depends(json_object)]
 
 
-def install(app: FastAPI, hosts: Iterable[str]) -> None:
+def install(app: FastAPI, hosts: Iterable[str], authentication: Authentication) -> None:
     """Put the gate before every route, and one error shape behind every way of failing."""
-    app.add_middleware(Gate, hosts=hosts)
+    app.add_middleware(Gate, hosts=hosts, authentication=authentication)
 
     @app.exception_handler(ServiceError)
     async def _service(request: Request, error: ServiceError) -> JSONResponse:
@@ -203,7 +209,3 @@ def _host_name(host: str) -> str:
     """The name in a Host header without its port: `[::1]:8000` is ::1."""
     bracketed = re.fullmatch(r"\[([^\]]+)\](:\d+)?", host)
     return bracketed[1] if bracketed else host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)

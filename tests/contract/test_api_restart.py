@@ -16,7 +16,8 @@ import httpx2
 from orchestrator.service.store import Store
 from potstill.client import Client
 from tests.service_configs import submitted
-from tests.services import RUN, free_port, until
+from tests.ports import free_port
+from tests.services import RUN, until
 
 
 def start_api(folder: Path, port: int) -> subprocess.Popen[bytes]:

@@ -28,7 +28,7 @@ from potstill.types import FinishReason, Message, ScoreStatus, TeacherScores
 from potstill.wire import Ask, ScoreItem
 from tests.builders_teacher import item
 from tests.endpoints import Exact, endpoint
-from tests.services import free_port
+from tests.ports import free_port
 from tests.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
 TOLERANCE = 2e-5  # nats, against a float32 forward pass of transformers

@@ -1,6 +1,6 @@
 """What every route may depend on: who asks, with which right, over which store; pages, idempotency, the audit log.
 
-Refuses a request without a key, with one that has ended, or with one that lacks the scope that the route names.
+Refuses a key that lacks the scope that the route names. Whether there is one at all the gate has asked.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from orchestrator.service.store.idempotency import Once
 from orchestrator.service.store.pages import Page
 from potstill.errors import ServiceError
 
-COOKIE = "potstill_session"
-SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-
 
 def the_state(request: Request) -> ServiceState:
     state: ServiceState = request.app.state.service
@@ -37,25 +34,12 @@ State = Annotated[ServiceState, Depends(the_state)]
 Stored = Annotated[Store, Depends(the_store)]
 
 
-def bearer(request: Request) -> str:
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secret:
-        raise ServiceError("send your key as `Authorization: Bearer …`", 401, "missing_key")
-    return secret.strip()
-
-
-def principal(request: Request, store: Stored) -> Principal:
-    """Whose key the request carries, or whose session: a browser's cookie, which only its own pages can use to act."""
-    session = request.cookies.get(COOKIE)
-    if "authorization" not in request.headers and session is not None:
-        if request.method not in SAFE and request.headers.get("origin") is None:
-            raise ServiceError("a browser's session acts with an Origin only; scripts send a key", 403, "no_origin")
-        found, code = store.keys.session(session), "session_ended"
-    else:
-        found, code = store.keys.bearer(bearer(request)), "invalid_key"
-    if found is None:
-        raise ServiceError("this key is not known, has expired or was revoked", 401, code)
-    return found
+def principal(request: Request) -> Principal:
+    """Who asks, as the gate has found out. Raises ServiceError (401) where nobody does: on a page without a session."""
+    who: Principal | None = request.state.principal
+    if who is None:
+        raise ServiceError("sign in with a key", 401, "missing_key")
+    return who
 
 
 def asker(scope: Scope) -> Any:

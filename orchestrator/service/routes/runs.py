@@ -7,7 +7,6 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-import tomli_w
 import yaml
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -33,6 +32,7 @@ from orchestrator.service.runs import State as RunState
 from orchestrator.service.scheduling import admit
 from orchestrator.service.state import ServiceState
 from orchestrator.service.submissions import Changes, Fork
+from orchestrator.service.toml import dump_toml
 from potstill.errors import ServiceError
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -128,7 +128,7 @@ def get_config(run_id: str, who: Reader, state: State, format: Literal["json", "
     """The resolved config: everything that decides the run, with names where its client used names."""
     config = config_resource(state.store.runs.get(run_id, who))
     if format == "toml":
-        return PlainTextResponse(tomli_w.dumps(_set(config)), media_type="application/toml")
+        return PlainTextResponse(dump_toml(config), media_type="application/toml")
     if format == "yaml":
         return PlainTextResponse(yaml.safe_dump(config, sort_keys=False), media_type="application/yaml")
     return JSONResponse(config)
