@@ -21,6 +21,7 @@ from potstill.environments import open_environment
 from potstill.errors import ConfigError
 from potstill.journal import Journal
 from potstill.planner import plan
+from potstill.sinks.opening import ready, told
 
 GRACE_S = 30.0  # after SIGTERM: for the step that is being made and its checkpoint
 
@@ -31,12 +32,13 @@ def run(config: RunConfig, *, report_to: str | None, quiet: bool, resume: bool) 
     """Run to the end, good or bad, and write the report; `resume`: the run that is in the config's folder already.
 
     None when it was asked to stop before its end and has left a checkpoint. Refuses before anything is written when
-    config and plan do not fit.
+    config, plan and sinks do not fit.
     """
     plan(config)
     open_environment(config.data).held_out(config.eval.items)
     if report_to is not None and "POTSTILL_RUN_TOKEN" not in os.environ:
         raise ConfigError("--report-to: the variable POTSTILL_RUN_TOKEN, which the service sets, is missing")
+    sinks = ready(config.sinks)
     journal = Journal(Path(config.runs) / config.name, resume=resume)
     with page_of_a_bad_ending(journal.folder), contextlib.ExitStack() as stack:
         stack.callback(journal.close)
@@ -45,6 +47,7 @@ def run(config: RunConfig, *, report_to: str | None, quiet: bool, resume: bool) 
         if not quiet:
             out = sys.stdout
             journal.listen(stack.enter_context(make_display(config.loop.steps, config.name, file=out)))
+        stack.enter_context(told(sinks, config, journal, resumed=resume))
         try:
             report = asyncio.run(_run(config, journal))
         except Closed:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from potstill.algebra.objective import Objective, lay_over
 from potstill.config_alarms import AlarmsConfig
 from potstill.config_resources import ResourcesConfig
+from potstill.config_sinks import SinksConfig
 from potstill.config_teachers import TeacherConfig
 from potstill.config_weights import WeightsConfig
 from potstill.methods import PRESETS
@@ -305,6 +306,7 @@ class RunConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    sinks: SinksConfig = SinksConfig()
 
     @model_validator(mode="before")
     @classmethod

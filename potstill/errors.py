@@ -23,6 +23,7 @@ PotstillError
     TargetRefused       the guard does not let this run call that address                  exit 3
     BudgetExhausted     the request would cost more than the budget has left               exit 3
   ServiceError          the control plane said no; carries status and code                 exit 4
+  SinkError             a sink did not take what it was told; an event, and no run ends of it
 
 Every class survives pickling, because Ray carries errors between processes: state lives in `args` alone.
 """
@@ -151,3 +152,7 @@ class ServiceError(PotstillError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class SinkError(PotstillError):
+    """A sink did not take what it was told, or cannot be opened. It becomes an event and ends no run."""
