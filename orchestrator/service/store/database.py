@@ -21,7 +21,8 @@ from orchestrator.service.store.schema import LEASES
 from potstill.errors import ConfigError, Fenced, ServiceError
 
 CONNECTIONS = 10  # kept open to a PostgreSQL server
-LOCK_WAIT_MS = 10_000  # that a writer waits for SQLite's other one
+LOCK_WAIT_MS = 10_000  # that a writer waits for another one
+IDLE_MS = 3_000  # in a transaction, before PostgreSQL ends it: each of ours takes milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,15 @@ def _engine(url: str) -> sa.Engine:
         sa.event.listen(engine, "connect", _durable)
         sa.event.listen(engine, "begin", _lock_before_writing)
         return engine
-    return sa.create_engine(parsed, pool_size=CONNECTIONS, max_overflow=CONNECTIONS, pool_pre_ping=True)
+    # A process that freezes in the middle of a transaction would hold its locks for ever.
+    limits = f"-c idle_in_transaction_session_timeout={IDLE_MS} -c lock_timeout={LOCK_WAIT_MS}"
+    return sa.create_engine(
+        parsed,
+        pool_size=CONNECTIONS,
+        max_overflow=CONNECTIONS,
+        pool_pre_ping=True,
+        connect_args={"options": limits, "connect_timeout": 10},
+    )
 
 
 @contextmanager
