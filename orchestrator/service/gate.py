@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 RETRY_AFTER_S = 2
+MOST_DETAILS = 20  # mistakes that one refusal names
+LONGEST_LINE = 1000
 
 _TYPES = {
     401: "authentication_error",
@@ -130,13 +132,11 @@ def install(app: FastAPI, hosts: Iterable[str], authentication: Authentication) 
 
     @app.exception_handler(ConfigError)
     async def _config(request: Request, error: ConfigError) -> JSONResponse:
-        details = [_config_line(line) for line in str(error).splitlines()]
-        return _error(request.state.request_id, 400, "invalid_config", str(error), details)
+        return _invalid(request, "invalid_config", [_config_line(line) for line in str(error).splitlines()])
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        details = [{"loc": _pointer(problem["loc"]), "message": problem["msg"]} for problem in error.errors()]
-        return _error(request.state.request_id, 400, "invalid_request", "the request is not valid", details)
+        return _invalid(request, "invalid_request", [_argument_line(problem) for problem in error.errors()])
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -148,6 +148,15 @@ def install(app: FastAPI, hosts: Iterable[str], authentication: Authentication) 
     async def _bug(request: Request, _error_raised: Exception) -> JSONResponse:
         message = "the service made a mistake; its log tells which, under this request id"
         return _error(request.state.request_id, 500, "internal", message)
+
+
+def _invalid(request: Request, code: str, mistakes: list[dict[str, Any]]) -> JSONResponse:
+    """400 with what is wrong, a line a mistake: the first ones, and no longer than somebody reads."""
+    details = [mistake | {"message": mistake["message"][:LONGEST_LINE]} for mistake in mistakes[:MOST_DETAILS]]
+    lines = [detail["message"] for detail in details]
+    if len(mistakes) > len(details):
+        lines.append(f"and {len(mistakes) - len(details)} more")
+    return _error(request.state.request_id, 400, code, "\n".join(lines), details)
 
 
 def _refuse(request_id: str, error: ServiceError) -> JSONResponse:
@@ -192,6 +201,14 @@ def _config_line(line: str) -> dict[str, Any]:
     """A line of a ConfigError begins with the dotted key it is about, when it is about one."""
     found = re.match(r"([a-z0-9_]+(?:\.[A-Za-z0-9_]+)*): ", line)
     return {"loc": _pointer(found[1].split(".")) if found else None, "message": line}
+
+
+def _argument_line(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """A mistake in an argument: in the body at a JSON pointer, elsewhere by its name."""
+    where, *parts = problem["loc"]
+    loc = _pointer(parts) if where == "body" else ".".join(map(str, parts))
+    message = problem["msg"].removeprefix("Value error, ")
+    return {"loc": loc, "message": f"{'.'.join(map(str, parts))}: {message}" if parts else message}
 
 
 def _pointer(parts: Iterable[str | int]) -> str:

@@ -117,7 +117,7 @@ def said_of_the_job() -> Iterator[None]:
 
 
 def job_resource(run: Run, model: str | None) -> dict[str, Any]:
-    """A run as a fine_tuning.job. `model` is the name under which its weights can be had, where they can."""
+    """A run as a fine_tuning.job. `model` names what it made, for another run to begin with; None before its end."""
     data = run.submitted["data"]
     tokens = progress(run)["tokens_trained"]
     return {
@@ -156,18 +156,22 @@ def job_event_resource(run_id: str, event: Event) -> dict[str, Any]:
     }
 
 
-def job_checkpoint_resource(checkpoint: Checkpoint, keeping: Keeping | None, loss: float | None) -> dict[str, Any]:
-    """A checkpoint as a fine_tuning.job.checkpoint. Until it is published its model's name is its place, RUN/STEP."""
-    published = None if keeping is None else keeping.published_as
+def job_checkpoint_resource(checkpoint: Checkpoint, keeping: Keeping, loss: float | None) -> dict[str, Any]:
+    """A checkpoint as a fine_tuning.job.checkpoint."""
     return {
         "id": f"ftckpt-{checkpoint.run}-{checkpoint.step}",
         "object": "fine_tuning.job.checkpoint",
         "created_at": int(checkpoint.created_at),
         "fine_tuning_job_id": checkpoint.run,
-        "fine_tuned_model_checkpoint": published or f"{checkpoint.run}/{checkpoint.name}",
+        "fine_tuned_model_checkpoint": model_name(checkpoint.run, checkpoint.name, keeping),
         "step_number": checkpoint.step,
         "metrics": {"step": checkpoint.step, "train_loss": loss},
     }
+
+
+def model_name(run_id: str, checkpoint: str, keeping: Keeping) -> str:
+    """How a checkpoint is named as the model of another run: as it was published, else as one's own run's."""
+    return keeping.published_as or f"run/{run_id}/{checkpoint}"
 
 
 def event_number(run_id: str, event_id: str) -> int:

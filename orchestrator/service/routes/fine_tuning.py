@@ -8,20 +8,25 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from orchestrator.service import submissions
-from orchestrator.service.manifests import checkpoints_of
+from orchestrator.service.confined import names
+from orchestrator.service.manifests import NAME, checkpoints_of
 from orchestrator.service.openai_shapes import (
     NewJob,
     event_number,
     job_checkpoint_resource,
     job_event_resource,
     job_resource,
+    model_name,
     said_of_the_job,
     submission_of,
 )
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes import runs
 from orchestrator.service.routes.asking import Auditing, IdempotencyKey, Paging, Reader, State, Writer, listed, once
+from orchestrator.service.runs import Run
+from orchestrator.service.runs import State as RunState
 from orchestrator.service.state import ServiceState
+from orchestrator.service.store.checkpoints import Keeping
 from potstill.errors import ServiceError
 
 PREFIX = "/v1/fine_tuning/jobs"
@@ -36,8 +41,9 @@ def create_job(
     body: NewJob, who: Writer, state: State, audit: Auditing, idempotency_key: IdempotencyKey = None
 ) -> JSONResponse:
     """Submit a run as a fine-tuning job. Settings beyond model and file go into `method.distillation`."""
+    meant = submission_of(body)
     with said_of_the_job():
-        submission = submissions.read(submission_of(body), who, state.catalog)
+        submission = submissions.read(meant, who, state.catalog)
     request = once(who, idempotency_key, PREFIX, body.model_dump(mode="json"))
     made, replayed = runs.store_run(state, who, submission, request)
     if not replayed:
@@ -50,12 +56,12 @@ def create_job(
 def list_jobs(request: Request, who: Reader, state: State, page: Paging) -> dict[str, Any]:
     """A page of jobs, newest first: every run of the key's owner. `metadata[name]=value` as at /v1/runs."""
     found, more = state.store.runs.page(who, page, metadata=runs.metadata_filter(request))
-    return listed([job_resource(run, _model_of(state, run.id)) for run in found], more)
+    return listed([_shown(state, run) for run in found], more)
 
 
 @router.get("/{job_id}", operation_id="get_fine_tuning_job")
 def get_job(job_id: str, who: Reader, state: State) -> dict[str, Any]:
-    """One job. `fine_tuned_model` is the name under which its newest checkpoint was published, null until one is."""
+    """One job. Once it has succeeded, `fine_tuned_model` is what another job may name as its `model`."""
     return _job(state, job_id, who)
 
 
@@ -101,7 +107,7 @@ def list_job_checkpoints(
     kept = state.store.checkpoints.of_run(job_id)
     losses = {int(step["step"] or 0): step.get("loss") for step in state.store.events.metrics(job_id)}
     found = [
-        job_checkpoint_resource(one, kept.get(one.name), losses.get(one.step))
+        job_checkpoint_resource(one, kept.get(one.name, Keeping()), losses.get(one.step))
         for one in reversed(checkpoints_of(state.runs, job_id))
         if not one.damaged
     ]
@@ -114,12 +120,15 @@ def list_job_checkpoints(
 
 
 def _job(state: ServiceState, job_id: str, who: Principal) -> dict[str, Any]:
-    return job_resource(state.store.runs.get(job_id, who), _model_of(state, job_id))
+    return _shown(state, state.store.runs.get(job_id, who))
 
 
-def _model_of(state: ServiceState, run_id: str) -> str | None:
-    """The name of the newest published checkpoint."""
-    kept = state.store.checkpoints.of_run(run_id)
-    published = [name for name, keeping in kept.items() if keeping.published_as and not keeping.deleted_at]
-    newest = max(published, key=lambda name: int(name.removeprefix("step-")), default=None)
-    return None if newest is None else kept[newest].published_as
+def _shown(state: ServiceState, run: Run) -> dict[str, Any]:
+    """A job, and the model that it made: its newest checkpoint."""
+    model = None
+    if run.state is RunState.SUCCEEDED:
+        there = [name for name in names(state.runs, run.id, "checkpoints") if NAME.fullmatch(name)]
+        newest = max(there, key=lambda name: int(name.removeprefix("step-")), default=None)
+        if newest is not None:
+            model = model_name(run.id, newest, state.store.checkpoints.of_run(run.id).get(newest, Keeping()))
+    return job_resource(run, model)

@@ -19,5 +19,5 @@ def report(run_id: str, body: JsonObject, state: State) -> dict[str, int]:
     try:
         parsed = Report.model_validate(body)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
     return state.store.runs.report(run_id, parsed)

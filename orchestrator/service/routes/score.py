@@ -106,7 +106,7 @@ def _name(fields: dict[str, Any], field: str) -> str | None:
 
 
 def _invalid(where: list[str], message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": where, "msg": message, "type": "value_error"}])
+    return RequestValidationError([{"loc": ("body", *where), "msg": message, "type": "value_error"}])
 
 
 async def _answer(scorer: Scorer, question: _Question, request_id: str) -> ScoreResponse:
