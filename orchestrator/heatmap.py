@@ -71,7 +71,7 @@ def read_sample(record: Mapping[str, Any]) -> Sample:
         verdict=verdict,
         outcome=outcome,
         finish=finish if record.get("finish_reason") else "ending not recorded",
-        cells=[_cell(token) for token in tokens[:MAX_TOKENS]],
+        cells=[_cell(*scored) for scored in zip(tokens[:MAX_TOKENS], _together(tokens), strict=False)],
         num_hidden=max(0, len(tokens) - MAX_TOKENS),
     )
 
@@ -93,11 +93,29 @@ def legend() -> list[tuple[str, str]]:
     return [*reversed(minus), ("even", "0"), *plus]
 
 
-def _cell(token: Mapping[str, Any]) -> Cell:
-    student, teacher = number(token, "student_logprob"), number(token, "teacher_logprob")
+def _together(tokens: Sequence[Mapping[str, Any]]) -> list[list[float | None]]:
+    """The student's log-probs of the tokens that the teacher scored together with each one, itself included.
+
+    A teacher of another tokenizer scores chunks, and each token has its whole chunk's log-prob: only the student's of
+    the same chunk can be compared with it.
+    """
+    chunks: dict[Any, list[float | None]] = {}
+    found = []
+    for place, token in enumerate(tokens):
+        chunk = number(token, "chunk")
+        key = ("alone", place) if chunk is None or chunk < 0 else ("chunk", chunk)
+        chunks.setdefault(key, []).append(number(token, "student_logprob"))
+        found.append(chunks[key])
+    return found
+
+
+def _cell(token: Mapping[str, Any], together: Sequence[float | None]) -> Cell:
+    known = [logprob for logprob in together if logprob is not None]
+    student, teacher = sum(known) if len(known) == len(together) else None, number(token, "teacher_logprob")
     difference = None if student is None or teacher is None else teacher - student
     trained = token.get("trained") is True
     parts = (
+        *([f"{len(together)} tokens that were scored together"] if len(together) > 1 else []),
         f"teacher {_signed(teacher)}",
         f"student {_signed(student)}",
         f"difference {_signed(difference)} nats" if difference is not None else "no difference",

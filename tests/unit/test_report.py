@@ -331,6 +331,17 @@ def test_a_token_says_both_logprobs_and_a_missing_one_is_not_zero():
     assert empty.title.startswith("teacher not measured · student −0.500 · no difference")
 
 
+def test_tokens_that_were_scored_together_are_compared_as_the_chunk_that_they_are():
+    scored = [("ab", -0.5, -1.0, 0), ("cd", -1.5, -1.0, 0), ("ef", -0.5, None, -1), ("gh", -0.5, -0.5, 1)]
+    tokens = [make_token(text, 1, own, teacher) | {"chunk": chunk} for text, own, teacher, chunk in scored]
+    first, second, unscored, alone = heatmap.read_sample({"tokens": tokens}).cells
+    for cell in (first, second):
+        together = "2 tokens that were scored together · teacher −1.000 · student −2.000 · difference +1.000 nats"
+        assert (cell.title.split(" · id")[0], cell.shade) == (together, "plus-3")
+    assert (unscored.shade, alone.shade) == ("unscored", "even")
+    assert alone.title.startswith("teacher −0.500 · student −0.500")
+
+
 @pytest.mark.parametrize(
     ("reward", "verdict"),
     [
