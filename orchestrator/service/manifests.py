@@ -47,7 +47,8 @@ class _Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One that is in place. `files` are those of its manifest, and the manifest itself, by path; none when damaged."""
+    """One that is in place. `files` are those of its manifest, and the manifest itself, by path; none where it has no
+    manifest that can be read."""
 
     run: str
     name: str
@@ -135,10 +136,8 @@ def _read(runs: Path, run_id: str, name: str) -> Checkpoint | None:
     except FileNotFoundError:
         return None
     files = _files(content)
-    whole = Checkpoint(run=run_id, name=name, files=files, created_at=created_at, damaged=False)
-    if files and all(_has_size(runs, whole, inner) for inner in files):
-        return whole
-    return Checkpoint(run=run_id, name=name, files={}, created_at=created_at, damaged=True)
+    whole = bool(files) and all(_has_size(runs, (run_id, "checkpoints", name), inner, files[inner]) for inner in files)
+    return Checkpoint(run=run_id, name=name, files=files, created_at=created_at, damaged=not whole)
 
 
 def _files(content: bytes) -> dict[str, StoredFile]:
@@ -154,11 +153,11 @@ def _files(content: bytes) -> dict[str, StoredFile]:
     return files | {MANIFEST: StoredFile(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))}
 
 
-def _has_size(runs: Path, checkpoint: Checkpoint, name: str) -> bool:
-    *outer, last = checkpoint.parts(name)
+def _has_size(runs: Path, place: tuple[str, ...], name: str, stored: StoredFile) -> bool:
+    *outer, last = name.split("/")
     try:
-        with confined.folder(runs, *outer) as inside:
+        with confined.folder(runs, *place, *outer) as inside:
             found = os.stat(last, dir_fd=inside, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == checkpoint.files[name].bytes
+    return stat.S_ISREG(found.st_mode) and found.st_size == stored.bytes

@@ -47,7 +47,7 @@ class Shelf:
             {"name": self.names[name], "bytes": len(content), "sha256": hashlib.sha256(FILES[name]).hexdigest()}
             for name, content in FILES.items()
         ]
-        return JSONResponse({"id": "step-1", "files": files})
+        return JSONResponse({"id": "step-1", "status": "ready", "files": files})
 
     async def file(self, request: Request) -> Response:
         return self._send(request, request.path_params["name"])
