@@ -102,7 +102,8 @@ class ProcessSink:
             raise SinkLost(self._hidden(f"its process ended with exit code {code}; {self._last_words()}"))
 
     def kill(self) -> None:
-        """End the process and start none again. From any thread; whoever waits for an answer gets SinkLost."""
+        """End the process and start none again. From any thread, without waiting; whoever waits for an answer gets
+        SinkLost."""
         with self._lock:
             self._killed = True
             process = self._process
@@ -134,6 +135,7 @@ class ProcessSink:
             answer = b""
         if not answer.endswith(b"\n"):
             _kill(process)
+            process.wait()
             raise SinkLost(self._hidden(f"its process has ended; {self._last_words()}"))
         error = json.loads(answer)["error"]
         if error is not None:
@@ -144,6 +146,7 @@ class ProcessSink:
         if process is None:
             return
         _kill(process)
+        process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # what could not be written any more
                 pipe.close() if pipe is not None else None
@@ -174,8 +177,7 @@ def judge(url: str, guard: Guard) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """It and what it has started in its session. Returns when it is gone."""
+    """It and what it has started in its session."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -80,6 +80,6 @@ class Wandb:
             "x_disable_meta": True,
             "x_disable_stats": True,
             "x_save_requirements": False,
-            "finish_timeout": self._settings["close_s"],
+            "finish_timeout": 0.8 * self._settings["close_s"],  # then it says so itself, before it is ended
             "finish_timeout_raises": True,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,5 +93,10 @@ def test_writing_for_tensorboard_imports_neither_tensorflow_nor_torch(tmp_path: 
         "sink.note(Note(step=1, time=0.0, level='warn', type='a', message='b'))\n"
         "print({'torch', 'tensorflow'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise AssertionError('nobody asked for it')")
+    there = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    (tmp_path / "run").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=there)
     assert done.stdout == "set()\n"

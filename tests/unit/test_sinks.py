@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 from potstill.config_sinks import SinksConfig
 from potstill.errors import ConfigError
 from potstill.journal import Journal, Status, read_jsonl
+from potstill.references import Stands, references
 from potstill.sinks.feed import Feed
 from potstill.sinks.kept import keep_id, kept_id
 from potstill.sinks.mlflow import key_of, leaves
@@ -273,6 +276,19 @@ def test_a_sink_hears_nothing_of_what_sinks_say(tmp_path: Path):
 def test_a_table_that_contradicts_itself_is_refused(table: dict[str, Any], said: str):
     with pytest.raises(ValidationError, match=said):
         SinksConfig.model_validate(table)
+
+
+def test_the_tables_of_the_page_are_ones():
+    page = (Path(__file__).parents[2] / "docs" / "sinks.md").read_text()
+    (table,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    sinks = SinksConfig.model_validate(tomllib.loads(table)["sinks"])
+    assert None not in (sinks.tensorboard, sinks.wandb, sinks.mlflow, sinks.trackio)
+
+
+def test_over_http_a_config_may_name_tensorboard_alone():
+    table = {"tensorboard": {}, "trackio": {"project": "p"}}
+    marks = {found.key: found.stands for found in references(SinksConfig.model_validate(table))}
+    assert marks == {"tensorboard.folder": Stands.BELOW, "trackio": Stands.OUTSIDE}
 
 
 def test_nobody_is_told_anything_unless_a_table_names_them(tmp_path: Path):
