@@ -20,7 +20,7 @@ class Table:
 
     run: str
     num_steps: int  # of which these are some
-    known: Sequence[str]  # every key that the run has measured
+    known: Sequence[str]  # every key that one of those has measured
     steps: Sequence[int]
     columns: Mapping[str, Column]
 
@@ -60,22 +60,20 @@ def table_of(
     reported: Sequence[Mapping[str, float | None]],
     *,
     keys: Sequence[str] | None,
-    after_step: int,
     max_points: int,
 ) -> Table:
-    """What a run reported of its steps after `after_step`. `keys` None: all. A key that no step has is all null.
+    """What a run reported of some steps. `keys` None: all. A key that no step has is all null.
 
     Raises ServiceError (400) where so many keys do not fit into so few points.
     """
     known = sorted({key for step in reported for key in step} - {"step"})
-    steps = [step for step in reported if _step(step) > after_step]
-    measured = columns(steps, known if keys is None else [key for key in dict.fromkeys(keys) if key != "step"])
-    kept: Rows = chosen(measured, len(steps), max_points)
+    measured = columns(reported, known if keys is None else [key for key in dict.fromkeys(keys) if key != "step"])
+    kept: Rows = chosen(measured, len(reported), max_points)
     return Table(
         run=run,
-        num_steps=len(steps),
+        num_steps=len(reported),
         known=known,
-        steps=[_step(steps[row]) for row in kept],
+        steps=[_step(reported[row]) for row in kept],
         columns={key: column[kept] for key, column in measured.items()},
     )
 

@@ -28,7 +28,7 @@ def series(length: int, seed: int = 0) -> list[dict[str, float | None]]:
 
 
 def made(reported: list[dict[str, float | None]], max_points: int = 1000, **asked: object) -> Table:
-    return table_of("one", reported, **{"keys": None, "after_step": 0, "max_points": max_points, **asked})  # type: ignore[arg-type]
+    return table_of("one", reported, **{"keys": None, "max_points": max_points, **asked})  # type: ignore[arg-type]
 
 
 def test_the_examples_in_the_documentation_hold():
@@ -113,13 +113,6 @@ def test_parquet_reads_back_as_what_was_measured():
     read = parquet.read_table(io.BytesIO(made(steps).parquet())).to_pydict()
     assert read == {"step": [1, 2, 3], "loss": [0.1, None, 1e-30]}
     assert parquet.read_table(io.BytesIO(made([]).parquet())).to_pydict() == {"step": []}
-
-
-def test_steps_before_the_one_that_is_known_are_left_out():
-    table = made(series(20), after_step=15)
-    assert list(table.steps) == [16, 17, 18, 19, 20]
-    assert table.num_steps == 5
-    assert made(series(20), after_step=20).resource()["points"] == 0
 
 
 def test_a_key_that_is_asked_for_twice_and_the_step_itself_make_no_column():

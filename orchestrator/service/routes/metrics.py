@@ -35,8 +35,8 @@ def get_metrics(
     """
     state.store.runs.get(run_id, who)
     wanted = None if keys is None else [key for key in keys.split(",") if key]
-    reported = state.store.events.metrics(run_id)
-    table = table_of(run_id, reported, keys=wanted, after_step=after_step, max_points=max_points)
+    reported = state.store.events.metrics(run_id, after_step=after_step)
+    table = table_of(run_id, reported, keys=wanted, max_points=max_points)
     if format == "json":
         return JSONResponse(table.resource())
     content = table.csv() if format == "csv" else table.parquet()

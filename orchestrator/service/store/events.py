@@ -48,16 +48,25 @@ class Events:
         with self._database.reading() as db:
             return _last_seq(db, run_id)
 
-    def metrics(self, run_id: str) -> list[dict[str, float | None]]:
-        """What the run reported of each step that counts, in order: a step that was done again counts once."""
+    def metrics(self, run_id: str, *, after_step: int = 0) -> list[dict[str, float | None]]:
+        """What the run reported of each step that counts, in order: a step that was done again counts once.
+
+        Of the steps up to `after_step` only the numbers are read, which is what makes following a long run cheap.
+        """
         mine = (EVENTS.c.run_id == run_id) & (EVENTS.c.stream == "metrics")
-        steps: list[dict[str, float | None]] = []
         with self._database.reading() as db:
-            for (data,) in db.execute(sa.select(EVENTS.c.data).where(mine).order_by(EVENTS.c.report_seq)):
-                while steps and steps[-1]["step"] >= data["step"]:
-                    steps.pop()
-                steps.append(data)
-        return steps
+            number = sa.cast(EVENTS.c.data["step"].as_string(), sa.BigInteger)
+            numbers = sa.select(number, EVENTS.c.report_seq).where(mine)
+            counting: list[tuple[int, int]] = []
+            for step, seq in db.execute(numbers.order_by(EVENTS.c.report_seq)):
+                while counting and counting[-1][0] >= step:
+                    counting.pop()
+                counting.append((step, seq))
+            wanted = {seq for step, seq in counting if step > after_step}
+            if not wanted:
+                return []
+            rows = sa.select(EVENTS.c.report_seq, EVENTS.c.data).where(mine, EVENTS.c.report_seq >= min(wanted))
+            return [row.data for row in db.execute(rows.order_by(EVENTS.c.report_seq)) if row.report_seq in wanted]
 
     def reported(self, run_id: str) -> dict[str, int]:
         """The last sequence number held of each of the run's own logs; 0 when it has reported nothing."""
