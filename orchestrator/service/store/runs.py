@@ -23,6 +23,7 @@ from orchestrator.service.store.events import append_logs, note, note_state
 from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.pages import Page, page_of, visible
 from orchestrator.service.store.schema import KEYS, RUNS
+from orchestrator.service.store.uses import require_named
 from potstill.errors import ServiceError
 
 Admission = Callable[[sa.Connection], None]
@@ -52,7 +53,8 @@ class Runs:
     def create(self, new: NewRun, once: Once, admission: Admission = lambda _db: None) -> tuple[Run, bool]:
         """Insert a queued run; on disk when this returns. The flag tells that the same request had made it before.
 
-        Raises ServiceError: 409 name_taken, 422 idempotency_key_reused, and what `admission` raises.
+        Raises ServiceError: 409 name_taken, or deleted for a file or teacher that it names; 422 idempotency_key_reused;
+        and what `admission` raises.
         """
         row = asdict(new) | {
             "key_id": once.key_id,
@@ -73,6 +75,7 @@ class Runs:
                     return run_of(_row(db, earlier)), True
                 db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == once.key_id).with_for_update())  # one at a time
                 admission(db)
+                require_named(db, new.submitted)
                 db.execute(RUNS.insert().values(row))
                 remember(db, once, new.id)
                 note_state(db, new.id, State.QUEUED, "the run is stored and waits for its turn", None)

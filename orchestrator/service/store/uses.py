@@ -23,19 +23,18 @@ def is_file_id(text: str) -> bool:
     return _FILE_ID.fullmatch(text) is not None
 
 
-def named_in(submitted: Any) -> Iterator[tuple[sa.Table, str]]:
-    """What a submitted config names, as (table, id); what has the shape of an id may be there or not."""
-    waiting = [submitted]
+def named_in(submitted: Mapping[str, Any]) -> Iterator[tuple[sa.Table, str]]:
+    """What a submitted config names, as (table, id)."""
+    data = submitted.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("path"), str) and is_file_id(data["path"]):
+        yield FILES, data["path"]
+    waiting = [submitted.get("teacher")]
     while waiting:
-        inside = waiting.pop()
-        if isinstance(inside, Mapping):
-            if inside.get("kind") == REGISTERED and isinstance(inside.get("name"), str):
-                yield TEACHERS, inside["name"]
-            waiting.extend(inside.values())
-        elif isinstance(inside, list):
-            waiting.extend(inside)
-        elif isinstance(inside, str) and is_file_id(inside):
-            yield FILES, inside
+        table = waiting.pop()
+        if isinstance(table, Mapping):
+            if table.get("kind") == REGISTERED and isinstance(table.get("name"), str):
+                yield TEACHERS, table["name"]
+            waiting.extend(table.values())
 
 
 def require_named(db: sa.Connection, submitted: Mapping[str, Any]) -> None:
