@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from orchestrator.service import logs
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import Job
 from orchestrator.service.keys import Signer
@@ -85,13 +86,14 @@ class AwayLauncher:
 def main() -> None:
     from tests.services import options
 
+    logs.start()
     folder, port, script, *rest = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     asked = options(folder, rest[0] if rest else None)
     store = Store(Database(asked.database))
     launcher = ProcessLauncher(folder / "jobs", script, f"http://127.0.0.1:{port}")
     holder = rest[1] if len(rest) > 1 else "test"
     state = compose(store, launcher, Signer(b"test"), asked, holder=holder, poll_s=POLL_S, lease_s=LEASE_S)
-    uvicorn.run(create_app(state), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.run(create_app(state), host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":

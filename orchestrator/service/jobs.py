@@ -87,6 +87,7 @@ class RayLauncher:
             "POTSTILL_RUN_TOKEN": token,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             ALLOWED: teachers_allowed(),
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what the run gives its own actors is laid over this, not refused
         }
         log = shlex.quote(str(log_of(config.parent)))  # Ray's own copy is gone with the cluster
         with _ray_errors():

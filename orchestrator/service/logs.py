@@ -53,7 +53,8 @@ def start(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
+    for chatty in ("httpx2", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def redacted(_logger: object, _method: str, event: Event) -> Event:

@@ -87,7 +87,12 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
         try:
             with measures.served(options.admin_port):
                 config = uvicorn.Config(
-                    app, log_config=None, timeout_graceful_shutdown=SHUTDOWN_S, server_header=False, access_log=False
+                    app,
+                    log_config=None,
+                    log_level="warning",
+                    timeout_graceful_shutdown=SHUTDOWN_S,
+                    server_header=False,
+                    access_log=False,
                 )
                 uvicorn.Server(config).run(sockets=[listening])
         finally:

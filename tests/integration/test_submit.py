@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +10,13 @@ from sys import executable
 import httpx2
 import psutil
 import pytest
-import uvicorn
 
-from orchestrator.service.app import create_app
 from orchestrator.service.head import LocalHead, start_or_adopt
 from orchestrator.service.jobs import Cluster, RayLauncher
-from orchestrator.service.store import Store
 from potstill.client import Client
 from potstill.errors import ServiceError
 from tests.service_configs import submitted
+from tests.services import serving
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +39,12 @@ def head(record: Path) -> Iterator[LocalHead]:
 @pytest.fixture(scope="module")
 def client(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = tmp_path_factory.mktemp("service")
-    store = Store(f"sqlite:///{folder / 'potstill.db'}")
-    listening = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    launcher = RayLauncher(head.cluster, command=(executable, "-m", "tests.tiny_run"), report_url=url)
-    app = create_app(store, launcher, runs=folder / "runs", poll_s=0.5)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    with Client(url, store.create_key("test")) as connected:
+
+    def launcher(url: str) -> RayLauncher:
+        return RayLauncher(head.cluster, command=(executable, "-m", "tests.tiny_run"), report_url=url, service="tiny")
+
+    with serving(folder, launcher) as service, service.client() as connected:
         yield connected
-    server.should_exit = True
-    thread.join()
-    store.close()
 
 
 def test_jobs_succeed_fail_die_and_are_cancelled_as_runs_do(client: Client):
@@ -104,7 +93,7 @@ def test_the_head_refuses_strangers(head: LocalHead):
         answer = httpx2.get(f"{head.address}/api/jobs/", headers=headers, trust_env=False)
         assert answer.status_code in {401, 403}
     with pytest.raises(ServiceError, match="token"):
-        RayLauncher(Cluster(address=head.address, token="wrong"), command=(), report_url="").look()
+        RayLauncher(Cluster(address=head.address, token="wrong"), command=(), report_url="", service="").look()
 
 
 def test_a_restarted_service_adopts_the_head_and_its_token_is_in_no_file(head: LocalHead, record: Path):

@@ -1,0 +1,154 @@
+"""A whole life over HTTP: submitted, watched, paused, resumed, forked, cancelled, downloaded, loaded.
+
+By the command line, by curl, by the Python client and by OpenAI's; the run is `potstill run` as a Ray job, with a
+teacher server, a rollout worker and a learner of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.service.head import start_or_adopt
+from orchestrator.service.jobs import RayLauncher
+from tests.services import Service, serving
+from tests.tiny_models import save_tiny_model
+
+CONFIG = """
+name = "life"
+method = "opd"
+[student]
+model = "student"
+[teacher]
+kind = "server"
+model = "teacher"
+[data]
+kind = "reasoning_gym"
+dataset = "chain_sum"
+[rollout]
+prompts_per_step = 2
+max_prompt_tokens = 128
+[rollout.sampling]
+max_new_tokens = 12
+[optim]
+lr = 1e-4
+[loop]
+steps = 400
+[checkpoint]
+every = 20
+"""
+PATIENCE_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder, record = tmp_path_factory.mktemp("life"), tmp_path_factory.mktemp("head") / "head.json"
+    for seed, name in enumerate(("student", "teacher")):
+        save_tiny_model(folder / "models" / name, seed=seed)
+    (folder / "life.toml").write_text(CONFIG)
+    head = start_or_adopt(record)
+    command = (sys.executable, "-m", "potstill", "run")
+    try:
+        with serving(
+            folder, lambda url: RayLauncher(head.cluster, command=command, report_url=url, service="life")
+        ) as running:
+            yield running
+    finally:
+        head.stop(record)
+
+
+def cli(service: Service, *arguments: str) -> Any:
+    environment = {**os.environ, "POTSTILL_URL": service.url, "POTSTILL_API_KEY": service.key}
+    command = [sys.executable, "-m", "potstill", *arguments, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def curl(service: Service, method: str, path: str) -> Any:
+    headers = [f"Authorization: Bearer {service.key}", "Content-Type: application/json"]
+    command = ["curl", "-sS", "-X", method, f"{service.url}{path}", "-d", "{}"]
+    done = subprocess.run([*command, *(part for h in headers for part in ("-H", h))], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def curl_following(service: Service, path: str, out: Path) -> Iterator[None]:
+    command = ["curl", "-sN", f"{service.url}{path}", "-H", f"Authorization: Bearer {service.key}"]
+    with (
+        out.open("wb") as file,
+        subprocess.Popen([*command, "-H", "Accept: text/event-stream"], stdout=file) as process,
+    ):
+        try:
+            yield
+            process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.2)
+    return value
+
+
+def test_a_whole_life(service: Service, tmp_path: Path):
+    fine_tuning = openai.OpenAI(api_key=service.key, base_url=f"{service.url}/v1").fine_tuning.jobs
+    with service.client() as client:
+
+        def step() -> int:
+            return int(client.get_run("life")["progress"]["step"])
+
+        assert cli(service, "submit", str(service.folder / "life.toml"))["status"] == "queued"
+        with curl_following(service, "/v1/runs/life/events", tmp_path / "events"):
+            until(lambda: step() >= 5)
+            assert fine_tuning.retrieve("life").status == "running"
+            client.pause_run("life")
+            until(lambda: client.get_run("life")["status"] == "paused")
+            reached = step()
+            assert 5 <= reached < 400
+            assert curl(service, "POST", "/v1/runs/life/resume")["status"] == "queued"
+
+            newest = cli(service, "checkpoints", "list", "life")["data"][-1]["id"]
+            forked = cli(
+                service, "fork", "life", "--name", "child", "--from", newest, "optim.lr=5e-5", "loop.steps=9000"
+            )
+            assert forked["forked_from"] == {"run": "life", "checkpoint": newest}
+            until(lambda: client.get_run("child")["progress"]["step"] >= 1)
+            assert fine_tuning.cancel("child").status in {"running", "cancelled"}
+            until(lambda: fine_tuning.retrieve("child").status == "cancelled")
+
+            assert client.wait("life")["status"] == "succeeded"
+        assert client.get_run("life")["attempt"] == 2
+
+        messages = (tmp_path / "events").read_text().split("\n\n")
+        seqs = [int(line[4:]) for message in messages for line in message.splitlines() if line.startswith("id: ")]
+        assert seqs == list(range(1, len(seqs) + 1))
+        assert any(message.startswith("event: end") for message in messages)
+        steps = [row["step"] for row in service.store.events.metrics("life")]
+        assert steps == list(range(1, 401))  # none lost, none twice
+
+        got = cli(service, "checkpoints", "get", "life", "step-000400", "--out", str(tmp_path / "got"))
+    folder = Path(got["folder"]) / "model"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    kept = AutoModelForCausalLM.from_pretrained(
+        service.folder / "runs" / "life" / "checkpoints" / "step-000400" / "model"
+    )
+    ids = torch.arange(16)[None]
+    assert torch.equal(loaded(ids).logits, kept(ids).logits)
+    began = AutoModelForCausalLM.from_pretrained(service.folder / "models" / "student")
+    assert not torch.equal(loaded(ids).logits, began(ids).logits)
