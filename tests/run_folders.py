@@ -15,6 +15,43 @@ FILES = {
     "trainer/state.json": b'{"version": 1}',
 }
 
+HOSTILE = [
+    "..",
+    ".",
+    "",
+    "../outside",
+    "../../outside",
+    "/etc/passwd",
+    "//etc/passwd",
+    "one/../../outside",
+    "..\\outside",
+    "%2e%2e%2foutside",
+    "%2e%2e/outside",
+    "..%00",
+    "..\0",
+    "outside\0.json",
+    "model/config.json\0",
+    "model//config.json",
+    "model/./config.json",
+    "model/../model/config.json",
+    "model/../../../../outside",
+    "model/config.json/",
+    "/model/config.json",
+    "model\\config.json",
+    "～/x",
+    "．．/outside",
+    "..；/outside",
+    "file:///etc/passwd",
+    "model/config.json#",
+    "model/config.json?x",
+    " model/config.json",
+    "con",
+    "\udce4",
+    "a" * 5000,
+    "x/" * 3000,
+]
+"""Names with which somebody would leave a folder, in every place where a name stands."""
+
 
 def make_checkpoint(run: Path, step: int, files: Mapping[str, bytes] = FILES) -> Path:
     """checkpoints/step-N of a run, with its manifest."""

@@ -13,7 +13,10 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.service import confined
@@ -26,13 +29,14 @@ from potstill.errors import ServiceError
 from potstill.journal import fsync_folder
 
 PUBLISHED = ".published"
+_publishing = threading.Lock()
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def publish(store: Store, runs: Path, run: Run, checkpoint_name: str, name: str) -> bool:
     """Whether it is published now and was not before. `name` is one that the catalog allows.
 
-    Raises ServiceError: 404, or 409 for a name that is taken, another name, a damaged file.
+    Raises ServiceError: 404; 409 for a name that is taken, another name, a damaged file; 503 while another is published.
     """
     checkpoint = checkpoint_of(runs, run.id, checkpoint_name)
     earlier = store.checkpoints.of_run(run.id).get(checkpoint_name, Keeping()).published_as
@@ -41,13 +45,14 @@ def publish(store: Store, runs: Path, run: Run, checkpoint_name: str, name: str)
     place = runs / PUBLISHED / name
     if earlier == name and place.exists():
         return False
-    _check_digests(runs, checkpoint)
-    store.checkpoints.note(run.id, checkpoint_name, published_as=name)  # whoever is first has the name
-    try:
-        _put_into_place(runs, checkpoint, place)
-    except BaseException:
-        store.checkpoints.note(run.id, checkpoint_name, published_as=None)
-        raise
+    with _alone():
+        _check_digests(runs, checkpoint)
+        store.checkpoints.note(run.id, checkpoint_name, published_as=name)  # whoever is first has the name
+        try:
+            _put_into_place(runs, checkpoint, place)
+        except BaseException:
+            store.checkpoints.note(run.id, checkpoint_name, published_as=None)
+            raise
     return True
 
 
@@ -65,6 +70,17 @@ def withdraw(store: Store, runs: Path, run: Run, checkpoint_name: str) -> str:
     except FileNotFoundError:
         store.checkpoints.note(run.id, checkpoint_name, published_as=None)
     return name
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Large files are read from end to end: one publication at a time leaves the service's threads to everybody else."""
+    if not _publishing.acquire(blocking=False):
+        raise ServiceError("another checkpoint is being published: try again", 503, "publishing")
+    try:
+        yield
+    finally:
+        _publishing.release()
 
 
 def _check_digests(runs: Path, checkpoint: Checkpoint) -> None:

@@ -28,10 +28,9 @@ from potstill.process_log import log_of
 from tests.checkpoints import RUNS, make_trainer, save, save_students, train
 from tests.launchers import AwayLauncher, ProcessLauncher
 from tests.opened import recorded
-from tests.run_folders import FILES, make_checkpoint, make_samples
+from tests.run_folders import FILES, HOSTILE, make_checkpoint, make_samples
 from tests.service_configs import submitted
 from tests.services import RUN, Service, serving
-from tests.unit.test_confined import HOSTILE
 
 WEIGHTS = FILES["model/model.safetensors"]
 ALL_SCOPES = (Scope.RUNS_READ, Scope.RUNS_WRITE)

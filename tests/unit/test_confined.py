@@ -14,44 +14,9 @@ from orchestrator.service import confined
 from orchestrator.service.manifests import checkpoint_of, open_of
 from potstill.errors import ServiceError
 from tests.opened import recorded
-from tests.run_folders import FILES, make_checkpoint
+from tests.run_folders import FILES, HOSTILE, make_checkpoint
 
 SECRET = b"what lies outside"
-HOSTILE = [
-    "..",
-    ".",
-    "",
-    "../outside",
-    "../../outside",
-    "/etc/passwd",
-    "//etc/passwd",
-    "one/../../outside",
-    "..\\outside",
-    "%2e%2e%2foutside",
-    "%2e%2e/outside",
-    "..%00",
-    "..\0",
-    "outside\0.json",
-    "model/config.json\0",
-    "model//config.json",
-    "model/./config.json",
-    "model/../model/config.json",
-    "model/../../../../outside",
-    "model/config.json/",
-    "/model/config.json",
-    "model\\config.json",
-    "～/x",
-    "．．/outside",
-    "..；/outside",
-    "file:///etc/passwd",
-    "model/config.json#",
-    "model/config.json?x",
-    " model/config.json",
-    "con",
-    "\udce4",
-    "a" * 5000,
-    "x/" * 3000,
-]
 NAMES = st.one_of(
     st.sampled_from(HOSTILE),
     st.text(alphabet="./\\\0%2e:~#ab", max_size=30),

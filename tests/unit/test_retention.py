@@ -227,6 +227,24 @@ def test_a_place_that_something_else_has_taken_is_refused_and_the_name_given_bac
     assert os.listdir(house.runs / PUBLISHED) == ["mine"]
 
 
+def test_one_checkpoint_is_published_at_a_time(house: House):
+    house.add(steps=(1, 2))
+    refused: list[ServiceError] = []
+
+    class Slow(type(house.store.checkpoints)):  # type: ignore[misc]
+        def note(self, run_id: str, name: str, **changes: Any) -> Any:
+            if name == "step-000001" and not refused:
+                with pytest.raises(ServiceError) as caught:
+                    house.publish(2, "other")
+                refused.append(caught.value)
+            return super().note(run_id, name, **changes)
+
+    house.store.checkpoints = Slow(house.store.database)
+    assert house.publish(1, "mine") is True
+    assert (refused[0].status, refused[0].code) == (503, "publishing")
+    assert house.publish(2, "other") is True
+
+
 def test_a_service_that_is_killed_while_it_publishes_ends_it_when_it_is_asked_again(house: House):
     house.add(steps=(1,))
     house.store.checkpoints.note("one", "step-000001", published_as="mine")  # and then it was killed
