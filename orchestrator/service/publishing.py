@@ -36,7 +36,7 @@ _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOT
 def publish(store: Store, runs: Path, run: Run, checkpoint_name: str, name: str) -> bool:
     """Whether it is published now and was not before. `name` is one that the catalog allows.
 
-    Raises ServiceError: 404; 409 for a name that is taken, another name, a damaged file; 503 while another is published.
+    Raises ServiceError: 404; 409 for a name that is taken, another name, a damaged file; 503 while another one is.
     """
     checkpoint = checkpoint_of(runs, run.id, checkpoint_name)
     earlier = store.checkpoints.of_run(run.id).get(checkpoint_name, Keeping()).published_as
@@ -74,7 +74,7 @@ def withdraw(store: Store, runs: Path, run: Run, checkpoint_name: str) -> str:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Large files are read from end to end: one publication at a time leaves the service's threads to everybody else."""
+    """Large files are read from end to end: one publication at a time leaves threads to everybody else."""
     if not _publishing.acquire(blocking=False):
         raise ServiceError("another checkpoint is being published: try again", 503, "publishing")
     try:
