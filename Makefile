@@ -49,9 +49,10 @@ check: setup ## style, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-docs: setup ## remake docs/config.md from the config and docs/methods.md from the presets
+docs: setup ## remake docs/config.md from the config, docs/methods.md from the presets and docs/cli.md from the commands
 	$(PYTHON) -m potstill.config_page > docs/config.md
 	$(PYTHON) -m potstill.methods_page > docs/methods.md
+	$(PYTHON) -m potstill.cli_page > docs/cli.md
 
 bench: setup ## the figures of the docs, as JSON
 	$(PYTHON) -m bench.steady_state

@@ -1,4 +1,4 @@
-"""The commands about a run's checkpoints: list, get, publish, ttl, rm."""
+"""The commands about a run's checkpoints: list, get, publish, withdraw, ttl, rm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 @checkpoints.command("list")
 @one_line_errors
 def list_(run: RunName, as_json: AsJson = False, url: Url = None, key_env: KeyEnv = KEY_ENV) -> None:
-    """List a run's checkpoints, oldest first."""
+    """List a run's checkpoints, newest first."""
     with connect(url, key_env) as client:
         page = client.list_checkpoints(run)
     if as_json:
@@ -45,7 +45,7 @@ def list_(run: RunName, as_json: AsJson = False, url: Url = None, key_env: KeyEn
                 item["kind"],
                 item["status"],
                 f"{item['bytes'] / 2**20:.1f}",
-                item["created_at"],
+                item["created_at"] or "",
                 item["expires_at"] or "",
                 item["published_as"] or "",
             ]
@@ -87,6 +87,16 @@ def publish(
     """Give a checkpoint a name under which other runs can begin with it."""
     with connect(url, key_env) as client:
         _show(client.publish_checkpoint(run, _named(client, run, name), as_name=as_name), as_json)
+
+
+@checkpoints.command("withdraw")
+@one_line_errors
+def withdraw(run: RunName, name: Name, url: Url = None, key_env: KeyEnv = KEY_ENV) -> None:
+    """Take that name back; the checkpoint stays."""
+    with connect(url, key_env) as client:
+        named = _named(client, run, name)
+        client.withdraw_checkpoint(run, named)
+    say(f"{named} of {run} is no longer published")
 
 
 @checkpoints.command("ttl")

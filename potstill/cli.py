@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill import __version__, service_cli, teacher_cli
+from potstill import __version__, doctor_cli, service_cli, teacher_cli
 from potstill.errors import ConfigError, PotstillError
 
 CANCELLED = 5
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 service_cli.register(app)
 teacher_cli.register(app)
+doctor_cli.register(app)
 
 Config = Annotated[Path, typer.Argument(help="A .toml, .yaml or .json run config.", show_default=False)]
 Overrides = Annotated[
@@ -52,7 +53,7 @@ def run(
     resolved = load(config, overrides or [])
     report = foreground.run(resolved, report_to=report_to, quiet=as_json, resume=resume)
     if report is None:
-        typer.echo(f"potstill: {resolved.name} stopped with a checkpoint; go on with --resume", err=True)
+        typer.echo(f"potstill: {resolved.name} was asked to stop; go on with --resume", err=True)
     elif as_json:
         print_json(report)
 
@@ -139,20 +140,6 @@ def timeline(
     page = out or run / "timeline.html"
     report = write_timeline(run, page, after=after, until=until)
     typer.echo("\n".join([report.verdict, *report.remarks, str(page)]))
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check what this machine has for potstill: packages, cores, memory, disk, ports."""
-    from potstill.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print_json([finding.as_dict() for finding in findings])
-    else:
-        for finding in findings:
-            typer.echo(finding.as_line())
-    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
 @app.callback(invoke_without_command=True)

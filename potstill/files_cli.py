@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 @one_line_errors
 def put(
     path: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file.")],
-    purpose: Annotated[str, typer.Option(help="prompts or eval.")] = "prompts",
+    purpose: Annotated[str, typer.Option(help="prompts, eval or fine-tune.")] = "prompts",
     name: Annotated[str | None, typer.Option(help="How it is called there; by default as here.")] = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -53,9 +54,16 @@ def list_(
         show_json(page)
         return
     show_table(
-        ["ID", "FILE", "PURPOSE", "BYTES", "CREATED"],
+        ["ID", "FILE", "PURPOSE", "ROWS", "BYTES", "CREATED"],
         [
-            [item["id"], item["filename"], item["purpose"], str(item["bytes"]), item["created_at"]]
+            [
+                item["id"],
+                item["filename"],
+                item["purpose"],
+                str(item["rows"]),
+                str(item["bytes"]),
+                datetime.fromtimestamp(item["created_at"], UTC).isoformat().replace("+00:00", "Z"),
+            ]
             for item in page["data"]
         ],
     )

@@ -1,4 +1,4 @@
-"""The commands about API keys: create, list, rotate, revoke. All need an administrator's key.
+"""The commands about API keys: create, list, limit, rotate, revoke. All need an administrator's key.
 
 A new key is shown once, on stdout, or written to a file that only its owner can read.
 """
@@ -37,9 +37,9 @@ def register(app: typer.Typer) -> None:
 def create(
     owner: Annotated[str, typer.Option(help="Whose runs it sees: a person or a team.")],
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
-    scope: Annotated[
-        list[str] | None, typer.Option(help="E.g. runs:read; repeatable. runs:read and runs:write.")
-    ] = None,
+    scopes: Annotated[
+        str, typer.Option(help="What it lets its bearer do, with commas between.")
+    ] = "runs:read,runs:write",
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="E.g. running=2 or gpu_hours=100; repeatable.")
     ] = None,
@@ -50,13 +50,13 @@ def create(
     key_env: KeyEnv = KEY_ENV,
 ) -> None:
     """Make a key. It is shown once."""
-    limits = {name: _number(name, value) for name, value in pairs(limit, "--limit").items()}
+    limits = _numbers(limit, "--limit")
     expires_in_s = None if expires is None else _seconds(expires)
     with connect(url, key_env) as client, _Place(key_file) as place:
         made = client.create_key(
             owner=owner,
             label=label,
-            scopes=scope or ("runs:read", "runs:write"),
+            scopes=[scope.strip() for scope in scopes.split(",")],
             limits=limits,
             expires_in_s=expires_in_s,
         )
@@ -80,13 +80,30 @@ def list_(as_json: AsJson = False, url: Url = None, key_env: KeyEnv = KEY_ENV) -
                 key["owner"],
                 key["label"],
                 " ".join(key["scopes"]),
-                " ".join(f"{name}={value:g}" for name, value in key["limits"].items()),
+                _limits(key),
                 key["created_at"],
                 f"revoked {key['revoked_at']}" if key["revoked_at"] else key["expires_at"] or "",
             ]
             for key in page["data"]
         ],
     )
+
+
+@keys.command("limit")
+@one_line_errors
+def limit(
+    key: KeyId,
+    limits: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=NUMBER", help="All that it shall have; without any, none.")
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    key_env: KeyEnv = KEY_ENV,
+) -> None:
+    """Set a key's limits, all of them: those that are left out are lifted."""
+    with connect(url, key_env) as client:
+        changed = client.update_key(key, limits=_numbers(limits, "limit"))
+    show_json(changed) if as_json else show(f"{changed['id']} of {changed['owner']}: {_limits(changed)}")
 
 
 @keys.command("rotate")
@@ -152,8 +169,17 @@ def _seconds(text: str) -> float:
     return float(int(found[1]) * UNIT_S[found[2]])
 
 
-def _number(name: str, text: str) -> float:
+def _numbers(given: list[str] | None, option: str) -> dict[str, float]:
+    """name=number, repeated. Raises ConfigError."""
+    return {name: _number(f"{option} {name}={text}", text) for name, text in pairs(given, option).items()}
+
+
+def _number(where: str, text: str) -> float:
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
-        raise ConfigError(f"--limit {name}={text}: a number is needed") from None
+        raise ConfigError(f"{where}: a number is needed") from None
+
+
+def _limits(key: Key) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in key["limits"].items())

@@ -12,7 +12,6 @@ from potstill.console import AsJson, one_line_errors, pairs, say, show, show_jso
 from potstill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from potstill.client import Client
     from potstill.client.resources import Run
 
 EXIT_OF_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 5}
@@ -46,6 +45,7 @@ def submit(
 ) -> None:
     """Submit a run. A data file of this machine is uploaded; models are names that the service knows."""
     from potstill.submission import submission
+    from potstill.waiting import wait_for
 
     metadata = pairs(meta, "--meta") or None
     with connect(url, key_env) as client:
@@ -58,7 +58,7 @@ def submit(
             body, priority=priority, metadata=metadata, notes=notes, idempotency_key=idempotency_key
         )
         if wait:
-            run = _waited_for(client, run["id"])
+            run = wait_for(client, run)
     _show(run, as_json)
     if wait:
         raise typer.Exit(EXIT_OF_STATUS[run["status"]])
@@ -180,7 +180,7 @@ def edit(
         raise ConfigError("there is nothing to change: give --priority, --meta or --notes")
     with connect(url, key_env) as client:
         _show(
-            client.edit_run(
+            client.update_run(
                 run, priority=priority, metadata=None if meta is None else pairs(meta, "--meta"), notes=notes
             ),
             as_json,
@@ -198,20 +198,6 @@ def delete(
     with connect(url, key_env) as client:
         client.delete_run(run, artifacts="delete" if artifacts else "keep")
     say(f"{run} is forgotten" + (", and its folder removed" if artifacts else ""))
-
-
-def _waited_for(client: Client, run_id: str) -> Run:
-    """Tell its states as they change; returns the run at its end."""
-    told = ""
-    try:
-        for run in client.watch(run_id):
-            if run["status"] != told:
-                told = run["status"]
-                say(f"{run_id} is {told}")
-    except KeyboardInterrupt:
-        say(f"{run_id} goes on; `potstill cancel {run_id}` ends it")
-        raise
-    return run
 
 
 def _show(run: Run, as_json: bool, *, whole: bool = False) -> None:

@@ -1,9 +1,9 @@
 """The commands that speak with a service, and the one that is it. `register` adds them to an app.
 
-    serve_cli.py     serve                             checkpoints_cli.py   checkpoints list|get|publish|ttl|rm
+    serve_cli.py     serve                             checkpoints_cli.py   checkpoints list|get|publish|…
     runs_cli.py      submit status list cancel …       files_cli.py         files put|list|get|rm
     watch_cli.py     events logs metrics samples       teachers_cli.py      teachers add|list|probe|rm
-    access_cli.py    login logout whoami open          keys_cli.py          keys create|list|rotate|revoke
+    access_cli.py    login logout whoami open          keys_cli.py          keys create|list|rotate|…
 
 Data goes to stdout, all else to stderr (console.py); URL and key come from connection.py. Imports nothing heavy before
 a command runs.

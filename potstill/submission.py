@@ -7,12 +7,14 @@ service's defaults hold. Refuses a model that is a folder here: no path travels,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.config import RunConfig
 from potstill.config_file import apply_override, override_value, parse, read_mapping
 from potstill.errors import ConfigError
+from potstill.references import Reference, Stands, put, references
 
 if TYPE_CHECKING:
     from potstill.client import Client
@@ -27,13 +29,11 @@ def submission(client: Client, config: Path, overrides: Sequence[str], say: Call
         key, value = split_override(override)
         apply_override(raw, key, value)
     raw.pop("runs", None)  # the service has a folder of its own
-    _check(raw)
-    for setting, name in _models(raw):
-        _refuse_a_folder_of_ours(client, setting, name)
-    data = raw["data"]
-    local = Path(str(data.get("path", ""))).expanduser()
-    if data.get("kind") == "jsonl" and local.is_file():
-        raw["data"] = {**data, "path": _uploaded(client, local, say)}
+    for reference in references(_checked(raw)):
+        if reference.stands in {Stands.MODEL, Stands.TOKENIZER}:
+            _refuse_a_folder_of_ours(client, reference)
+        elif reference.stands is Stands.DATA and (local := Path(reference.value).expanduser()).is_file():
+            put(raw, reference.place, _uploaded(client, local, say))
     return raw
 
 
@@ -45,35 +45,29 @@ def split_override(override: str) -> tuple[str, Any]:
     return key.strip(), override_value(text)
 
 
-def _check(raw: Mapping[str, Any]) -> None:
-    """All but a teacher that only the service knows."""
-    teacher = raw.get("teacher")
-    known_there = isinstance(teacher, dict) and teacher.get("kind") == "registered"
-    parse({**raw, "teacher": {"kind": "none"}} if known_there else raw)
+def _checked(raw: Mapping[str, Any]) -> RunConfig:
+    """The config, without its teacher where that is one that only the service knows."""
+    return parse({**raw, "teacher": {"kind": "none"}} if _is_registered(raw.get("teacher")) else raw)
 
 
-def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where a checked config names a model, and how."""
-    yield "student.model", raw["student"]["model"]
-    teacher = raw["teacher"]
-    if teacher.get("kind") == "server" and teacher.get("model") is not None:
-        yield "teacher.model", teacher["model"]
-    for place, member in enumerate(teacher.get("models", ())):
-        yield f"teacher.models.{place}.model", member["model"]
+def _is_registered(table: Any) -> bool:
+    """Whether a teacher, or one of several, is the service's."""
+    if not isinstance(table, Mapping):
+        return False
+    return table.get("kind") == "registered" or any(_is_registered(inner) for inner in table.values())
 
 
-def _refuse_a_folder_of_ours(client: Client, setting: str, name: str) -> None:
-    written_as_path = name.startswith(("/", "~", "./", "../"))
-    if not written_as_path and not Path(name).is_dir():
+def _refuse_a_folder_of_ours(client: Client, reference: Reference) -> None:
+    name = str(reference.value)
+    if not name.startswith(("/", "~", "./", "../")) and not Path(name).is_dir():
         return
     known = [str(model["id"]) for model in client.list_models()["data"]]
-    if name in known:
-        return
-    there = f"; it knows {', '.join(known[:5])}" if known else ""
-    raise ConfigError(
-        f"{setting}: {name} is a path on this machine: copy the folder below the service's --models root, "
-        f"and write its name there{there}"
-    )
+    if name not in known:
+        there = f" (it knows {', '.join(known[:5])})" if known else ""
+        raise ConfigError(
+            f"{reference.key}: {name} is a path on this machine: copy the folder below the service's --models root, "
+            f"and write the name that it has there{there}"
+        )
 
 
 def _uploaded(client: Client, local: Path, say: Callable[[str], None]) -> str:

@@ -48,7 +48,7 @@ def add(
     options = {"kind": kind, "url": teacher_url, "model": model, "secret_ref": secret_ref}
     table = _table(config, {key: value for key, value in options.items() if value is not None}, setting or [])
     with connect(url, key_env) as client:
-        made = client.add_teacher(name, table)
+        made = client.register_teacher(name, table)
     show_json(made) if as_json else say(
         f"{name} is registered; `potstill teachers probe {name}` finds out what it can do"
     )
@@ -65,7 +65,7 @@ def list_(as_json: AsJson = False, url: Url = None, key_env: KeyEnv = KEY_ENV) -
         return
     rows = []
     for teacher in page["data"]:
-        config = teacher["config"]
+        config = teacher["teacher"]
         rows.append(
             [teacher["id"], config.get("kind", ""), config.get("url", ""), config.get("model") or "", _found(teacher)]
         )
@@ -74,10 +74,16 @@ def list_(as_json: AsJson = False, url: Url = None, key_env: KeyEnv = KEY_ENV) -
 
 @teachers.command("probe")
 @one_line_errors
-def probe(name: Name, as_json: AsJson = False, url: Url = None, key_env: KeyEnv = KEY_ENV) -> None:
+def probe(
+    name: Name,
+    tokenizer: Annotated[str | None, typer.Option(help="A model there with its tokenizer; not of a server.")] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    key_env: KeyEnv = KEY_ENV,
+) -> None:
     """Have the service ask a teacher what it really offers. One that only writes is paid for two short answers."""
     with connect(url, key_env) as client:
-        found = client.probe_teacher(name)
+        found = client.probe_teacher(name, tokenizer=tokenizer)
     show_json(found) if as_json else show_yaml({name: found.get("probe", found)})
 
 

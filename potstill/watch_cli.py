@@ -77,7 +77,7 @@ def logs(
 def metrics(
     run: RunName,
     keys: Annotated[str | None, typer.Option(help="Names, with commas between.")] = None,
-    points: Annotated[int, typer.Option(help="Steps to show; of more, some.", min=1, max=5000)] = 20,
+    points: Annotated[int, typer.Option(help="Steps to show; of more, some.", min=10, max=5000)] = 20,
     after_step: Annotated[int | None, typer.Option(help="Only later steps.", min=0)] = None,
     format: Annotated[
         Literal["table", "json", "csv", "parquet"], typer.Option(help="table on stdout; csv and parquet: all steps.")
@@ -112,14 +112,14 @@ def metrics(
 @one_line_errors
 def samples(
     run: RunName,
-    step: Annotated[int | None, typer.Option(help="By default the newest that has some.", min=0)] = None,
+    step: Annotated[int | None, typer.Option(help="Only of this one; by default the newest.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Of them.", min=1, max=100)] = 5,
     url: Url = None,
     key_env: KeyEnv = KEY_ENV,
 ) -> None:
     """Print completions of a run with their scores, as JSON, one a line."""
     with connect(url, key_env) as client:
-        for sample in client.get_samples(run, step=step, limit=limit)["data"]:
+        for sample in client.list_samples(run, step=step, limit=limit)["data"]:
             show_json_line(sample)
 
 

@@ -16,9 +16,10 @@ from potstill.errors import ServiceError
 FETCHING = Patience(tries=8, first_s=0.5, longest_s=20.0)
 
 
-def list_checkpoints(run_id: str) -> Call[Page[Checkpoint]]:
-    """A run's checkpoints, as far as they are kept."""
-    return Call(method="GET", path=path("v1", "runs", run_id, "checkpoints"), reads=as_object)
+def list_checkpoints(run_id: str, *, limit: int = 100, after: str | None = None) -> Call[Page[Checkpoint]]:
+    """A page of a run's checkpoints, as far as they are kept, newest first."""
+    params = {"limit": limit, "after": after}
+    return Call(method="GET", path=path("v1", "runs", run_id, "checkpoints"), params=params, reads=as_object)
 
 
 def get_checkpoint(run_id: str, name: str) -> Call[Checkpoint]:
@@ -34,6 +35,11 @@ def publish_checkpoint(run_id: str, name: str, *, as_name: str) -> Call[Checkpoi
         body={"name": as_name},
         reads=as_object,
     )
+
+
+def withdraw_checkpoint(run_id: str, name: str) -> Call[None]:
+    """Take that name back; the checkpoint stays. Refused while an unfinished run uses it."""
+    return Call(method="DELETE", path=path("v1", "runs", run_id, "checkpoints", name, "publish"), reads=as_nothing)
 
 
 def set_checkpoint_ttl(run_id: str, name: str, *, seconds: float | None) -> Call[Checkpoint]:
@@ -60,6 +66,8 @@ def download_checkpoint(run_id: str, name: str, to: str | os.PathLike[str]) -> P
     place = Path(to)
     check_free(place)
     checkpoint = yield from ask(get_checkpoint(run_id, name))
+    if checkpoint["status"] == "damaged":
+        raise ServiceError(f"{name} is damaged: ask for another checkpoint", None, "checkpoint_damaged")
     parts = files_below(partial(place), checkpoint["files"])
     yield Aside(functools.partial(prepare, partial(place), parts.values()))
     for file, part in parts.items():

@@ -40,6 +40,11 @@ def get_key(key_id: str) -> Call[Key]:
     return Call(method="GET", path=path("v1", "keys", key_id), reads=as_object)
 
 
+def update_key(key_id: str, *, limits: Mapping[str, float]) -> Call[Key]:
+    """Set a key's limits, all of them: those that are left out are lifted."""
+    return Call(method="PATCH", path=path("v1", "keys", key_id), body={"limits": dict(limits)}, reads=as_object)
+
+
 def rotate_key(key_id: str) -> Call[Key]:
     """Give a key another secret, in this answer alone; the old one ends at once."""
     return Call(method="POST", path=path("v1", "keys", key_id, "rotate"), body={}, reads=as_object)

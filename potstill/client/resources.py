@@ -95,8 +95,6 @@ class Plan(TypedDict):
     object: Literal["run.plan"]
     config: dict[str, Any]
     plan: dict[str, Any]
-    warnings: NotRequired[list[str]]
-    estimate: NotRequired[dict[str, Any]]
 
 
 class Event(TypedDict):
@@ -122,6 +120,12 @@ class Metrics(TypedDict):
     columns: dict[str, list[float | None]]
 
 
+class Samples(Page[dict[str, Any]]):
+    """Completions, newest first. `steps`: those that have any."""
+
+    steps: list[int]
+
+
 class CheckpointFile(TypedDict):
     """A file of a checkpoint, by its path in it."""
 
@@ -141,32 +145,36 @@ class Checkpoint(TypedDict):
     status: str
     bytes: int
     files: list[CheckpointFile]
-    created_at: str
+    created_at: str | None
     expires_at: str | None
     published_as: str | None
 
 
 class File(TypedDict):
-    """An uploaded file."""
+    """An uploaded file. `created_at` is unix seconds, as OpenAI's clients want it."""
 
     id: str
     object: Literal["file"]
     filename: str
     purpose: str
+    format: str
     bytes: int
     sha256: str
-    created_at: str
+    rows: int
+    columns: list[str]
+    created_at: int
 
 
 class Teacher(TypedDict):
-    """A registered teacher. `config` is its [teacher] table, its secret a reference; `probe` what was found of it."""
+    """A registered teacher. `teacher` is its [teacher] table, whole for administrators; `probe` what was found."""
 
     id: str
     object: Literal["teacher"]
-    config: dict[str, Any]
+    teacher: dict[str, Any]
     probe: dict[str, Any] | None
     probed_at: str | None
     created_at: str
+    created_by: str
 
 
 class Key(TypedDict):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from potstill.client.answers import as_bytes, as_object, as_text, ask, path, read, refusal
 from potstill.client.patience import Patience, unreachable
-from potstill.client.resources import FINAL, Event, Metrics, Page
+from potstill.client.resources import FINAL, Event, Metrics, Page, Samples
 from potstill.client.runs import POLL_S, get_run
 from potstill.client.steps import Ask, Call, Flow, Give, Hear, Listen, Lost, Message, Pause, Reply, Step
 
@@ -135,9 +135,9 @@ def export_metrics(
     )
 
 
-def get_samples(run_id: str, *, step: int | None = None, limit: int | None = None) -> Call[Page[dict[str, Any]]]:
-    """Completions of a step as they were scored; what only a teacher was shown needs the scope samples:privileged."""
-    params = {"step": step, "limit": limit}
+def list_samples(run_id: str, *, step: int | None = None, limit: int = 20, after: str | None = None) -> Call[Samples]:
+    """Completions as they were scored, newest first; what only a teacher read needs the scope samples:privileged."""
+    params = {"step": step, "limit": limit, "after": after}
     return Call(method="GET", path=path("v1", "runs", run_id, "samples"), params=params, reads=as_object)
 
 

@@ -81,7 +81,7 @@ def get_run(run_id: str) -> Call[Run]:
     return Call(method="GET", path=path("v1", "runs", run_id), reads=as_object)
 
 
-def edit_run(
+def update_run(
     run_id: str,
     *,
     priority: int | None = None,

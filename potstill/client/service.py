@@ -9,7 +9,7 @@ from potstill.client.resources import Page
 from potstill.client.steps import Call
 
 
-def capabilities() -> Call[dict[str, Any]]:
+def get_capabilities() -> Call[dict[str, Any]]:
     """Methods, limits and versions."""
     return Call(method="GET", path="/v1/capabilities", reads=as_object)
 

@@ -14,7 +14,7 @@ PROBE_S = 120.0
 SCORE_S = 300.0
 
 
-def add_teacher(name: str, teacher: Mapping[str, Any], *, idempotency_key: str | None = None) -> Call[Teacher]:
+def register_teacher(name: str, teacher: Mapping[str, Any], *, idempotency_key: str | None = None) -> Call[Teacher]:
     """Register a teacher under a name. `teacher` is a [teacher] table; its secret is a reference, never the key."""
     body = {"name": name, "teacher": dict(teacher)}
     return Call(method="POST", path="/v1/teachers", body=body, headers=idempotency(idempotency_key), reads=as_object)
@@ -30,7 +30,7 @@ def get_teacher(name: str) -> Call[Teacher]:
     return Call(method="GET", path=path("v1", "teachers", name), reads=as_object)
 
 
-def edit_teacher(name: str, teacher: Mapping[str, Any]) -> Program[Teacher]:
+def update_teacher(name: str, teacher: Mapping[str, Any]) -> Program[Teacher]:
     """Put another [teacher] table in its place; what was found of the old one is forgotten."""
     seen: Reply = yield Ask(get_teacher(name))
     read(get_teacher(name), seen)
@@ -51,12 +51,15 @@ def delete_teacher(name: str) -> Call[None]:
     return Call(method="DELETE", path=path("v1", "teachers", name), reads=as_nothing)
 
 
-def probe_teacher(name: str) -> Call[Teacher]:
-    """Ask a teacher what it really offers. One that only writes is paid for two short answers."""
+def probe_teacher(name: str, *, tokenizer: str | None = None) -> Call[Teacher]:
+    """Ask a teacher what it really offers. One that only writes is paid for two short answers.
+
+    `tokenizer`: a model of the service's with the teacher's tokenizer, where it is not one of potstill's own servers.
+    """
     return Call(
         method="POST",
         path=path("v1", "teachers", name, "probe"),
-        body={},
+        body={} if tokenizer is None else {"tokenizer": tokenizer},
         reads=as_object,
         repeatable=False,
         timeout_s=PROBE_S,

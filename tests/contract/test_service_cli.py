@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
-import socket
+import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from pyarrow import parquet
+from typer.testing import CliRunner, Result
 
-from orchestrator.service.serve import claim
+from orchestrator.service.principals import Scope
 from potstill.service_cli import register
 from tests.launchers import ProcessLauncher
+from tests.run_folders import FILES, make_checkpoint, make_samples
 from tests.service_configs import submitted
 from tests.services import RUN, Service, serving, until
+
+Command = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -28,85 +36,441 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def cli() -> typer.Typer:
-    app = typer.Typer()
+    app = typer.Typer(rich_markup_mode=None)
     register(app)
     return app
 
 
-def test_submit_and_wait_exits_as_the_run_ends(service: Service, cli: typer.Typer, tmp_path: Path):
-    config = tmp_path / "run.json"
-    config.write_text(json.dumps(submitted(name="cli-0") | {"runs": "mine"}))
-    env = {"POTSTILL_URL": service.url, "POTSTILL_API_KEY": service.key}
-    runner = CliRunner(env=env)
+@pytest.fixture
+def command(service: Service, cli: typer.Typer, tmp_path: Path) -> Command:
+    """Runs a command as an administrator of the service; variables may be changed, None: not set."""
+
+    def run(*arguments: str | Path, input: str | None = None, **variables: str | None) -> Result:
+        env: dict[str, str | None] = {
+            "POTSTILL_URL": service.url,
+            "POTSTILL_API_KEY": service.key,
+            "XDG_CONFIG_HOME": str(tmp_path / "config"),
+            "BROWSER": "true",
+        }
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments], env=env | variables, input=input)
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The config of a run that succeeds, as `potstill run` would take it."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(submitted() | {"runs": "mine"}))
+    return path
+
+
+def done(result: Result) -> str:
+    """What a command that did its work printed."""
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def read(result: Result) -> dict:
+    return json.loads(done(result))
+
+
+def refused(result: Result, code: int, *words: str) -> str:
+    """The one line of a command that did not do its work."""
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("potstill: ")
+    for word in words:
+        assert word in result.stderr, result.stderr
+    return result.stderr
+
+
+def finished(service: Service, name: str, seed: int = 0) -> str:
+    """A run at its end."""
+    with service.client() as client:
+        client.create_run(submitted(name=name, seed=seed))
+        client.wait(name, poll_s=0.05)
+    return name
+
+
+# --------------------------------------------------------------------------------------------------------- submitting
+
+
+def test_submit_and_wait_exits_as_the_run_ends(command: Command, config: Path):
     for seed, code in ((0, 0), (1, 1)):
-        result = runner.invoke(cli, ["submit", str(config), f"name=cli-{seed}", f"seed={seed}", "--wait", "--json"])
+        result = command("submit", config, f"name=cli-{seed}", f"seed={seed}", "--wait", "--json")
         assert (result.exit_code, json.loads(result.stdout)["id"]) == (code, f"cli-{seed}")
-    assert json.loads(runner.invoke(cli, ["status", "cli-1", "--json"]).stdout)["status"] == "failed"
-    assert "NaN" in runner.invoke(cli, ["status", "cli-1"]).stdout
-    assert "cli-1" in runner.invoke(cli, ["list"]).stdout
-    lines = runner.invoke(cli, ["events", "cli-0", "-f", "--json"]).stdout.splitlines()
+        assert f"cli-{seed} is queued\n" in result.stderr
+    assert read(command("status", "cli-1", "--json"))["status"] == "failed"
+    assert "NaN" in done(command("status", "cli-1"))
+    assert "cli-1" in done(command("list"))
+    lines = done(command("events", "cli-0", "-f", "--json")).splitlines()
     assert [json.loads(line)["seq"] for line in lines] == list(range(1, len(lines) + 1))
 
 
-def test_cancel_from_the_command_line_makes_the_waiter_exit_5(service: Service, cli: typer.Typer, tmp_path: Path):
-    config = tmp_path / "run.json"
-    config.write_text(json.dumps(submitted(name="cli-2", seed=2)))
-    env = {"POTSTILL_URL": service.url, "POTSTILL_API_KEY": service.key}
+def test_cancel_from_the_command_line_makes_the_waiter_exit_5(service: Service, command: Command, config: Path):
     codes: list[int] = []
-    waiter = CliRunner(env=env)
     thread = threading.Thread(
-        target=lambda: codes.append(waiter.invoke(cli, ["submit", str(config), "--wait"]).exit_code)
+        target=lambda: codes.append(command("submit", config, "name=stopped", "seed=2", "--wait").exit_code)
     )
     thread.start()
-    until(lambda: service.store.has_run("cli-2") and service.store.get_run("cli-2").state == "running")
-    with service.client() as client:
-        client.cancel_run("cli-2")
+    until(lambda: service.store.runs.exists("stopped") and service.store.runs.get("stopped").state == "running")
+    assert "stopped is cancel" in done(command("cancel", "stopped", "--reason", "enough"))
     thread.join(30.0)
     assert codes == [5]
+    assert "enough" in done(command("events", "stopped"))
+
+
+def test_what_is_said_of_a_run_is_shown_and_listed(command: Command, config: Path):
+    said = ["--meta", "team=red", "--meta", "note=a=b", "--notes", "the second try", "--priority", "7"]
+    made = read(command("submit", config, "name=said", *said, "--json"))
+    assert (made["metadata"], made["notes"], made["priority"]) == ({"team": "red", "note": "a=b"}, "the second try", 7)
+    shown = done(command("status", "said"))
+    assert all(word in shown for word in ("team = red", "the second try", "sft of none"))
+    assert [run["id"] for run in read(command("list", "--meta", "team=red", "--json"))["data"]] == ["said"]
+    assert read(command("list", "--status", "paused", "--json"))["data"] == []
+    assert read(command("list", "--since", made["created_at"], "--limit", "1", "--json"))["data"] == []
+    refused(command("submit", config, "--meta", "team"), 2, "--meta team", "name=value")
+
+
+def test_pages_of_runs_say_how_to_go_on(service: Service, command: Command):
+    names = [finished(service, f"page-{number}") for number in range(2)]
+    first = command("list", "--limit", "1")
+    assert names[1] in done(first)
+    assert first.stderr == f"there are more: --after {names[1]}\n"
+    assert names[0] in done(command("list", "--limit", "1", "--after", names[1]))
+
+
+def test_a_request_that_is_sent_again_under_its_name_makes_one_run(command: Command, config: Path):
+    first = read(command("submit", config, "name=once", "--idempotency-key", "k-1", "--json"))
+    again = read(command("submit", config, "name=once", "--idempotency-key", "k-1", "--json"))
+    assert again["created_at"] == first["created_at"]
+    refused(command("submit", config, "name=twice", "--idempotency-key", "k-1"), 4, "idempotency_key_reused")
+
+
+def test_a_data_file_of_this_machine_is_uploaded_once_and_named_by_its_id(
+    service: Service, command: Command, config: Path, tmp_path: Path
+):
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "1 + 1 = ?", "solution": "2"}\n')
+    first = command("submit", config, "name=own-data", f"data.path={data}", "--wait")
+    done(first)
+    (found,) = re.findall(r"is uploaded, as (file-\w+)", first.stderr)
+    assert service.store.runs.get("own-data").submitted["data"]["path"] == found
+    second = command("submit", config, "name=own-data-2", f"data.path={data}")
+    done(second)
+    assert f"is there already, as {found}" in second.stderr
+    data.write_text('{"prompt": 3}\n')
+    refused(command("submit", config, "name=own-data-3", f"data.path={data}"), 4, "line 1")
+
+
+@pytest.mark.parametrize("name", ["/models/big", "./student", "~/student", "here"])
+def test_a_model_that_is_a_folder_here_is_refused_with_the_fix(
+    command: Command, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "none").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = refused(command("submit", config, "name=path", f"student.model={name}"), 2, "student.model", "--models root")
+    assert name in line
+    assert "none" in read(command("submit", config, "name=known-there", "--json"))["student"]
+
+
+def test_a_dry_run_shows_config_and_plan_and_makes_no_run(service: Service, command: Command, config: Path):
+    for_people = done(command("submit", config, "name=only-asked", "optim.lr=2e-5", "--dry-run"))
+    for_programs = read(command("submit", config, "name=only-asked", "optim.lr=2e-5", "--dry-run", "--json"))
+    assert "lr: 2.0e-05" in for_people
+    assert "plan:" in for_people
+    assert (for_programs["object"], for_programs["config"]["optim"]["lr"]) == ("run.plan", 2e-5)
+    assert not service.store.runs.exists("only-asked")
+
+
+def test_a_config_is_checked_before_anything_is_sent(command: Command, config: Path):
+    away = {"POTSTILL_URL": "http://127.0.0.1:1"}
+    refused(command("submit", config, "optim.warmup_step=3", **away), 2, "did you mean 'warmup_steps'?")
+    refused(command("submit", "nowhere.toml", **away), 2, "nowhere.toml")
+    refused(command("submit", config, "oops", **away), 2, "key.path=value")
+
+
+def test_a_teacher_that_only_the_service_knows_is_left_to_it(command: Command, config: Path):
+    named = ['teacher={"kind": "registered", "name": "nobody"}', "method=opd"]
+    refused(command("submit", config, "name=borrowed", *named), 4, "nobody", "invalid_config")
+
+
+# ----------------------------------------------------------------------------------------------------------- steering
+
+
+def test_a_run_is_paused_resumed_cancelled_and_tried_again(service: Service, command: Command, config: Path):
+    def reaches(status: str) -> bool:
+        return bool(until(lambda: read(command("status", "steered", "--json"))["status"] == status))
+
+    done(command("submit", config, "name=steered", "seed=2"))
+    assert reaches("running")
+    assert "steered is paus" in done(command("pause", "steered"))
+    assert reaches("paused")
+    assert "steered is queued" in done(command("resume", "steered"))
+    assert reaches("running")
+    assert read(command("cancel", "steered", "--now", "--json"))["status"] == "cancelling"
+    assert reaches("cancelled")
+    assert read(command("retry", "steered", "--json"))["attempt"] == 3
+    done(command("cancel", "steered", "--now"))
+    assert reaches("cancelled")
+    refused(command("resume", "steered"), 4, "only a paused run is resumed", "illegal_transition")
+
+
+def test_a_fork_is_a_new_run_with_other_settings(service: Service, command: Command):
+    parent = finished(service, "parent")
+    made = read(command("fork", parent, "--name", "child", "optim.lr=1e-5", "loop.steps=2", "--meta", "a=b", "--json"))
+    assert (made["forked_from"], made["metadata"]) == ({"run": "parent", "checkpoint": None}, {"a": "b"})
+    with service.client() as client:
+        config = client.get_config("child")
+        assert "lr = 1e-05" in client.config_text("child", format="toml")
+    assert (config["optim"]["lr"], config["loop"]["steps"]) == (1e-5, 2)
+    refused(command("fork", parent, "--name", "x", "--from", "step-9"), 4, "no such checkpoint")
+
+
+def test_priority_metadata_and_notes_are_changed_while_a_run_goes_on(command: Command, config: Path):
+    done(command("submit", config, "name=edited", "seed=2", "--meta", "a=b"))
+    run = read(command("edit", "edited", "--notes", "new", "--priority", "-3", "--json"))
+    assert (run["notes"], run["priority"], run["metadata"]) == ("new", -3, {"a": "b"})
+    assert read(command("edit", "edited", "--meta", "c=d", "--json"))["metadata"] == {"c": "d"}
+    refused(command("edit", "edited"), 2, "nothing to change")
+    done(command("cancel", "edited", "--now"))
+
+
+def test_a_run_is_forgotten_and_its_folder_removed_only_when_asked(service: Service, command: Command):
+    for name, options, stays in (("kept", (), True), ("gone", ("--artifacts",), False)):
+        finished(service, name)
+        result = command("delete", name, *options)
+        assert (done(result), (service.folder / "runs" / name).exists()) == ("", stays)
+        assert f"{name} is forgotten" in result.stderr
+        refused(command("status", name), 4, "there is no such run")
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def test_events_are_lines_for_people_and_json_lines_for_programs(service: Service, command: Command):
+    name = finished(service, "told", seed=1)
+    lines = done(command("events", name)).splitlines()
+    assert re.fullmatch(r"\S+Z info    run\.status: the run is stored and waits for its turn", lines[0])
+    errors = done(command("events", name, "--level", "error", "--json")).splitlines()
+    assert {json.loads(line)["level"] for line in errors} == {"error"}
+    statuses = done(command("events", name, "--type", "run.status", "--follow", "--json")).splitlines()
+    assert [json.loads(line)["data"]["status"] for line in statuses][-1] == "failed"
+    last = json.loads(statuses[-1])["seq"]
+    assert done(command("events", name, "--after", str(last))) == ""
+
+
+def test_a_name_or_message_cannot_speak_to_the_terminal(service: Service, command: Command, config: Path):
+    notes = "\x1b[2Jgone\r\nsecond line\u202e"
+    done(command("submit", config, "name=loud", "--notes", notes, "--meta", "a=\x1b]0;title\x07"))
+    shown = done(command("status", "loud"))
+    assert "\\x1b[2Jgone\\r\nsecond line\\u202e\n" in shown
+    assert "a = \\x1b]0;title\\x07\n" in shown
+
+
+def test_logs_are_read_and_followed_to_the_end(service: Service, command: Command):
+    name = finished(service, "dies", seed=3)
+    for arguments in (("logs", name), ("logs", name, "-f"), ("logs", name, "--tail", "3")):
+        assert "the last words of this process" in done(command(*arguments))
+    refused(command("logs", name, "--role", "learner"), 4, "no log of role learner", "log_not_found")
+
+
+def test_metrics_are_a_table_or_a_file(service: Service, command: Command, tmp_path: Path):
+    name = finished(service, "measured")
+    table = [line.split() for line in done(command("metrics", name)).splitlines()]
+    assert table == [["STEP", "loss"], ["1", "1.0000"], ["2", "0.5000"], ["3", "0.3333"]]
+    missing = done(command("metrics", name, "--keys", "loss,nothing", "--after-step", "2")).splitlines()
+    assert [line.split() for line in missing] == [["STEP", "loss", "nothing"], ["3", "0.3333", "–"]]
+    rows = list(csv.DictReader(io.StringIO(done(command("metrics", name, "--format", "csv")))))
+    assert [float(row["loss"]) for row in rows] == [1.0, 0.5, 1 / 3]
+    assert read(command("metrics", name, "--json"))["columns"]["loss"] == [1.0, 0.5, 1 / 3]
+    done(command("metrics", name, "--format", "parquet", "-o", tmp_path / "m.parquet"))
+    assert parquet.read_table(tmp_path / "m.parquet").column("loss").to_pylist() == [1.0, 0.5, 1 / 3]
+    refused(command("metrics", name, "--format", "parquet"), 2, "name a file with -o")
+
+
+def test_samples_are_json_lines(service: Service, command: Command):
+    name = finished(service, "sampled")
+    make_samples(service.folder / "runs" / name, {1: 2, 2: 3})
+    shown = [json.loads(line) for line in done(command("samples", name, "--limit", "2")).splitlines()]
+    assert [sample["step"] for sample in shown] == [2, 2]
+    assert len(done(command("samples", name, "--step", "1")).splitlines()) == 2
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints, files
+
+
+def test_a_checkpoint_is_listed_fetched_published_and_removed(service: Service, command: Command, tmp_path: Path):
+    name = finished(service, "saved")
+    for step in (1, 2, 3):
+        make_checkpoint(service.folder / "runs" / name, step)
+    rows = done(command("checkpoints", "list", name)).splitlines()
+    assert [row.split()[0] for row in rows] == ["NAME", "step-000003", "step-000002", "step-000001"]
+    place = done(command("checkpoints", "get", name, "latest", "-o", tmp_path / "mine")).strip()
+    assert place == str(tmp_path / "mine")
+    for path, content in FILES.items():
+        assert (tmp_path / "mine" / path).read_bytes() == content
+    refused(command("checkpoints", "get", name, "step-000003", "-o", tmp_path / "mine"), 2, "name a place that is free")
+    assert "published as better" in done(command("checkpoints", "publish", name, "step-000002", "better"))
+    refused(command("checkpoints", "rm", name, "step-000002"), 4, "published as better", "checkpoint_in_use")
+    done(command("checkpoints", "withdraw", name, "step-000002"))
+    assert read(command("checkpoints", "ttl", name, "step-000002", "3600", "--json"))["expires_at"] is not None
+    assert read(command("checkpoints", "ttl", name, "step-000002", "none", "--json"))["expires_at"] is None
+    refused(command("checkpoints", "ttl", name, "step-000002", "soon"), 2, "a number of seconds, or none")
+    done(command("checkpoints", "rm", name, "step-000001"))
+    left = read(command("checkpoints", "list", name, "--json"))["data"]
+    assert [item["id"] for item in left] == ["step-000003", "step-000002"]
+    refused(command("checkpoints", "get", finished(service, "unsaved"), "latest"), 2, "has no checkpoint yet")
+
+
+def test_a_file_is_put_listed_fetched_and_removed(command: Command, tmp_path: Path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "{n}", "answer": "{n}"}}\n' for n in range(3)))
+    file_id = done(command("files", "put", data, "--purpose", "eval", "--name", "mine.jsonl")).strip()
+    (listed,) = read(command("files", "list", "--purpose", "eval", "--json"))["data"]
+    assert (listed["id"], listed["filename"], listed["rows"]) == (file_id, "mine.jsonl", 3)
+    assert listed["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert re.search(rf"{file_id} +mine.jsonl +eval +3 +\d+ +20\d\d-", done(command("files", "list")))
+    done(command("files", "get", file_id, "-o", tmp_path / "again.jsonl"))
+    assert (tmp_path / "again.jsonl").read_bytes() == data.read_bytes()
+    done(command("files", "rm", file_id))
+    refused(command("files", "get", file_id), 4, "file_not_found")
+    refused(command("files", "put", tmp_path / "none.jsonl"), 2, "there is no such file")
+
+
+# ----------------------------------------------------------------------------------------------------- teachers, keys
+
+
+def test_a_teacher_is_registered_from_a_file_or_by_options(service: Service, command: Command, tmp_path: Path):
+    (service.folder / "secrets" / "big").write_text("sk-secret\n")
+    (tmp_path / "big.toml").write_text(
+        '[teacher]\nkind = "openai"\nurl = "https://teachers.example"\nmodel = "big"\nsecret_ref = "file:big"\n'
+    )
+    made = read(command("teachers", "add", "big", tmp_path / "big.toml", "--set", "max_tokens=99", "--json"))
+    assert (made["teacher"]["model"], made["teacher"]["max_tokens"]) == ("big", 99)
+    options = ["--kind", "vllm", "--at", "http://127.0.0.1:1", "--model", "m"]
+    assert "potstill teachers probe small" in command("teachers", "add", "small", *options).stderr
+    rows = [line.split() for line in done(command("teachers", "list")).splitlines()]
+    assert ["big", "openai", "https://teachers.example", "big", "not", "yet"] in rows
+    assert "sk-secret" not in done(command("teachers", "list", "--json"))
+    refused(command("teachers", "add", "big", tmp_path / "big.toml"), 4, "name_taken")
+    refused(command("teachers", "probe", "small", "--tokenizer", "none"), 4)
+    done(command("teachers", "rm", "small"))
+    refused(command("teachers", "rm", "small"), 4, "teacher_not_found")
+    (tmp_path / "run.toml").write_text("name = 'x'\n")
+    refused(command("teachers", "add", "x", tmp_path / "run.toml"), 2, "no [teacher] table")
+    refused(command("teachers", "add", "x"), 2, "say what the teacher is")
+
+
+def test_a_key_is_made_shown_once_renewed_and_ended(service: Service, command: Command, tmp_path: Path):
+    options = ["--owner", "ann", "--label", "laptop", "--limit", "running=2", "--limit", "gpu_hours=0.5"]
+    result = command("keys", "create", *options, "--expires", "30d")
+    key = done(result).strip()
+    assert "shown once" in result.stderr
+    assert "ann at" in done(command("whoami", POTSTILL_API_KEY=key))
+    me = read(command("whoami", "--json", POTSTILL_API_KEY=key))
+    assert (me["limits"]["running"], me["limits"]["gpu_hours"], me["scopes"]) == (2, 0.5, ["runs:read", "runs:write"])
+    assert re.search(rf"{me['id']} +ann +laptop", done(command("keys", "list")))
+    assert key not in done(command("keys", "list", "--json"))
+    refused(command("keys", "list", POTSTILL_API_KEY=key), 4, "lacks the scope admin", "missing_scope")
+
+    assert "running=5" in done(command("keys", "limit", me["id"], "running=5"))
+    changed = read(command("whoami", "--json", POTSTILL_API_KEY=key))["limits"]
+    assert (changed["running"], "gpu_hours" in changed) == (5, False)
+
+    made = command("keys", "rotate", me["id"], "--key-file", tmp_path / "new")
+    fresh = (tmp_path / "new").read_text().strip()
+    assert fresh not in done(made) + made.stderr
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    refused(command("whoami", POTSTILL_API_KEY=key), 4, "invalid_key")
+    done(command("whoami", POTSTILL_API_KEY=fresh))
+    assert command("keys", "revoke", me["id"]).stderr == f"{me['id']} of ann has ended\n"
+    refused(command("whoami", POTSTILL_API_KEY=fresh), 4, "invalid_key")
+
+
+def test_a_key_that_could_not_be_kept_is_not_made(service: Service, command: Command, tmp_path: Path):
+    before = len(service.store.keys.list())
+    (tmp_path / "taken").touch()
+    refused(command("keys", "create", "--owner", "a", "--key-file", tmp_path / "taken"), 2, "File exists")
+    refused(command("keys", "create", "--owner", "a", "--expires", "soon"), 2, "e.g. 30d")
+    refused(command("keys", "create", "--owner", "a", "--limit", "running=two"), 2, "a number is needed")
+    refused(command("keys", "create", "--owner", "A A", "--key-file", tmp_path / "unmade"), 4, "invalid_request")
+    assert not (tmp_path / "unmade").exists()
+    assert len(service.store.keys.list()) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- access
+
+
+def test_a_kept_key_is_used_where_no_variable_names_one(service: Service, command: Command, tmp_path: Path):
+    none: dict[str, str | None] = {"POTSTILL_API_KEY": None, "POTSTILL_URL": None}
+    line = command("login", "--key-file", "-", "--url", service.url, input=service.key + "\n", **none).stderr
+    kept = tmp_path / "config" / "potstill" / "credentials.toml"
+    assert f"knows you as operator; the key is kept in {kept}" in line
+    assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert "operator at" in done(command("whoami", **none))
+
+    other = service.key_for("bob", Scope.RUNS_READ)
+    assert "bob at" in done(command("whoami", **none | {"POTSTILL_API_KEY": other}))
+    refused(command("whoami", "--url", "http://127.0.0.1:1", **none), 2, "no key is kept for http://127.0.0.1:1")
+
+    kept.chmod(0o640)
+    refused(command("whoami", **none), 2, "others can read it", "chmod 600")
+    kept.chmod(0o600)
+    assert "is forgotten here" in command("logout", **none).stderr
+    refused(command("whoami", "--url", service.url, **none), 2, "potstill login")
+    refused(command("logout", "--url", service.url, **none), 2, "no key is kept")
+
+
+def test_a_key_that_the_service_does_not_know_is_not_kept(command: Command, tmp_path: Path):
+    key_file = tmp_path / "key"
+    key_file.write_text("ps_wrong\n")
+    key_file.chmod(0o644)
+    refused(command("login", "--key-file", key_file), 2, "others can read it")
+    key_file.chmod(0o600)
+    refused(command("login", "--key-file", key_file), 4, "invalid_key")
+    refused(command("login", "--key-file", tmp_path / "none"), 2, "No such file")
+    key_file.write_text("\n")
+    refused(command("login", "--key-file", key_file), 2, "there is no key in it")
+    assert not (tmp_path / "config").exists()
+
+
+def test_the_dashboards_address_is_printed(service: Service, command: Command):
+    assert done(command("open")) == f"{service.url}/\n"
+    assert done(command("open", "my-run", "--no-browser")) == f"{service.url}/runs/my-run\n"
+    assert "open the address in one" in command("open", BROWSER="false").stderr
 
 
 @pytest.mark.parametrize(
-    ("env", "arguments", "code", "says"),
+    ("env", "arguments", "code", "words"),
     [
-        ({"POTSTILL_API_KEY": ""}, ["list"], 2, "POTSTILL_API_KEY is not set"),
-        ({"POTSTILL_API_KEY": "x"}, ["list"], 4, "this key is not known"),
-        ({}, ["status", "nobody"], 4, "there is no such run"),
-        ({}, ["submit", "nowhere.toml"], 2, "nowhere.toml"),
-        ({"POTSTILL_URL": "http://127.0.0.1:1"}, ["list"], 4, "does not answer"),
+        ({"POTSTILL_API_KEY": ""}, ["list"], 2, ["POTSTILL_API_KEY is not set", "potstill login"]),
+        ({"POTSTILL_API_KEY": "x"}, ["list"], 4, ["this key is not known", "invalid_key, request "]),
+        ({}, ["list", "--key-env", "NONE"], 2, ["NONE is not set"]),
+        ({}, ["status", "nobody"], 4, ["there is no such run", "run_not_found, request "]),
+        ({}, ["status", ".."], 2, ["names nothing"]),
+        ({"POTSTILL_URL": "http://127.0.0.1:1"}, ["whoami"], 4, ["http://127.0.0.1:1 does not answer"]),
+        ({"POTSTILL_URL": "127.0.0.1"}, ["list"], 2, ["no base URL"]),
     ],
 )
 def test_an_error_is_one_line_on_stderr_with_its_exit_code(
-    service: Service, cli: typer.Typer, env: dict[str, str], arguments: list[str], code: int, says: str
+    command: Command, env: dict[str, str], arguments: list[str], code: int, words: list[str]
 ):
-    runner = CliRunner(env={"POTSTILL_URL": service.url, "POTSTILL_API_KEY": service.key} | env)
-    result = runner.invoke(cli, arguments)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert says in result.stderr
-    assert result.stderr.count("\n") == 1
+    refused(command(*arguments, **env), code, *words)
 
 
-def test_a_host_beyond_loopback_needs_a_key_first(cli: typer.Typer, tmp_path: Path):
-    result = CliRunner().invoke(cli, ["serve", "--host", "192.0.2.1", "--runs", str(tmp_path / "runs")])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "no API key yet" in result.stderr
+def test_no_command_takes_a_key_as_an_argument(cli: typer.Typer):
+    group = typer.main.get_command(cli)
+    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
+    commands += [inner for command in commands[1:] for inner in getattr(command, "commands", {}).values()]
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert {"--key-env", "--key-file"} <= options
+    assert not options & {"--key", "--api-key", "--token", "--secret", "--password"}
 
 
-def test_a_folder_of_runs_has_one_service(cli: typer.Typer, tmp_path: Path):
-    with claim(tmp_path / "runs"):
-        result = CliRunner().invoke(cli, ["serve", "--runs", str(tmp_path / "runs")])
-        assert (result.exit_code, "another `potstill serve`" in result.stderr) == (2, True)
-    claim(tmp_path / "runs").close()
-
-
-def test_the_first_key_is_shown_once_and_kept_private_where_asked(cli: typer.Typer, tmp_path: Path):
-    runs, key_file = tmp_path / "runs", tmp_path / "key"
-    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that it stops after the key and before the cluster
-        port = str(taken.getsockname()[1])
-        arguments = ["serve", "--runs", str(runs), "--key-file", str(key_file), "--port", port]
-        first, second = CliRunner().invoke(cli, arguments), CliRunner().invoke(cli, arguments)
-    assert (first.exit_code, second.exit_code) == (2, 2)
-    key = key_file.read_text().strip()
-    assert key in first.stdout
-    assert key not in second.stdout
-    assert key_file.stat().st_mode & 0o777 == 0o600
-    assert all(key.encode() not in path.read_bytes() for path in runs.iterdir())
+def test_plain_output_has_no_escape_and_a_terminal_gets_a_table(command: Command, service: Service):
+    finished(service, "plain")
+    assert "\x1b" not in done(command("list"))
+    assert os.environ.get("FORCE_COLOR") is None
