@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from typing import Any
 
 import pytest
 import structlog
@@ -13,9 +14,18 @@ from orchestrator.service import logs
 from orchestrator.service.keys import Signer, new_key
 
 
+class Written:
+    """What was logged: lines, when it is called, and the text."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        self.text = stream.getvalue
+
+    def __call__(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text().splitlines()]
+
+
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture[str]):
-    """Lines that a block logs, read as JSON."""
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     logs.start()
@@ -23,7 +33,7 @@ def written(capsys: pytest.CaptureFixture[str]):
     handler = root.handlers[0]
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    yield Written(stream)
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     structlog.reset_defaults()
@@ -51,4 +61,6 @@ def test_secrets_are_taken_out_wherever_they_stand(written):
 def test_a_name_cannot_forge_a_line_or_speak_to_a_terminal(written):
     logging.getLogger("x").warning("run %s", 'a\n{"event": "forged"}\x1b[31m\u202e')
     (line,) = written()
-    assert line["event"] == 'run a\\n{"event": "forged"}\\x1b[31m\\u202e'
+    assert line["event"] == 'run a\n{"event": "forged"}\x1b[31m\u202e'
+    assert written.text().isascii()
+    assert "\x1b" not in written.text()
