@@ -15,8 +15,8 @@ import httpx2
 
 from orchestrator.service.store import Store
 from potstill.client import Client
-from tests.service_configs import submitted
 from tests.ports import free_port
+from tests.service_configs import submitted
 from tests.services import RUN, until
 
 

@@ -24,7 +24,8 @@ def test_runs_are_compared_with_their_stages_and_with_the_peer():
         "cpu_seconds": {"generate": [1.0], "score": [4.0], "train": [3.0]},
         "tokens": [4000],
     }
-    turn = {"alone": alone, "synchronous": [(10.0, 4000)], "asynchronous": [(5.0, 4000)], "asynchronous_2": [(4.0, 4000)]}
+    laps = {"synchronous": 10.0, "asynchronous": 5.0, "asynchronous_2": 4.0}
+    turn = {"alone": alone, **{mode: [(seconds, 4000)] for mode, seconds in laps.items()}}
     found = compared([turn], 1.6, {"trained_tokens_per_second": 200})
     assert found["tokens_per_second_alone"]["sum_of_stages"] == 500
     assert found["tokens_per_second_alone"]["slowest_stage"] == 1000

@@ -20,7 +20,7 @@ from orchestrator.service.store.migrations import upgrade
 from orchestrator.service.store.schema import LEASES
 from potstill.errors import ConfigError, Fenced, ServiceError
 
-CONNECTIONS = 10  # kept open to a PostgreSQL server
+CONNECTIONS, MORE = 10, 50  # kept open, and opened when that many threads ask at once: there are 40 for requests
 LOCK_WAIT_MS = 10_000  # that a writer waits for another one
 IDLE_MS = 3_000  # in a transaction, before PostgreSQL ends it: each of ours takes milliseconds
 
@@ -85,7 +85,7 @@ def _engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
         _keep_private(parsed.database)
-        engine = sa.create_engine(parsed)
+        engine = sa.create_engine(parsed, pool_size=CONNECTIONS, max_overflow=MORE)
         sa.event.listen(engine, "connect", _durable)
         sa.event.listen(engine, "begin", _lock_before_writing)
         return engine
@@ -94,7 +94,7 @@ def _engine(url: str) -> sa.Engine:
     return sa.create_engine(
         parsed,
         pool_size=CONNECTIONS,
-        max_overflow=CONNECTIONS,
+        max_overflow=MORE,
         pool_pre_ping=True,
         connect_args={"options": limits, "connect_timeout": 10},
     )
