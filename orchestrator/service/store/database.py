@@ -85,7 +85,7 @@ def _engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
         _keep_private(parsed.database)
-        engine = sa.create_engine(parsed, pool_size=CONNECTIONS, max_overflow=MORE)
+        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, pool_size=CONNECTIONS, max_overflow=MORE)
         sa.event.listen(engine, "connect", _durable)
         sa.event.listen(engine, "begin", _lock_before_writing)
         return engine
