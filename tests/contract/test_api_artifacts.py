@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,11 +33,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+@pytest.fixture
+def working(tmp_path: Path) -> Iterator[Service]:
     """Whose runs are processes."""
-    folder = tmp_path_factory.mktemp("working")
-    with serving(folder, lambda url: ProcessLauncher(folder / "jobs", RUN, url)) as running:
+    with serving(tmp_path, lambda url: ProcessLauncher(tmp_path / "jobs", RUN, url)) as running:
         yield running
 
 
@@ -234,8 +234,9 @@ def test_a_hostile_name_opens_nothing_outside_the_run(hostile: str, service: Ser
     )
     with recorded() as opened:
         for target in (place.format(name) for place in places for name in sent):
-            assert raw_status(service, target) in {200, 400, 404, 405}, target
-    ours = (str(service.folder), sys.prefix, sys.base_prefix)  # its database and runs; Python's own modules
+            assert raw_status(service, target) in {200, 307, 400, 404, 405}, target
+    source = str(Path(__file__).parents[2])  # FastAPI reads where a route is written when it is asked first
+    ours = (str(service.folder), source, sys.prefix, sys.base_prefix)
     assert [name for name, _ in opened if name.startswith("/") and not name.startswith(ours)] == []
     assert all(flags & os.O_NOFOLLOW for name, flags in opened if not name.startswith("/"))
 
