@@ -10,6 +10,7 @@ number is the fencing token of everything that it writes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.offpolicy import OffPolicy
 from orchestrator.prompts import PromptStream
 from orchestrator.recorder import Recorder
 from orchestrator.spending import in_all
+from orchestrator.stopping import unless_asked
 from orchestrator.tasks import until
 from orchestrator.teachers import Faculty
 from potstill import spool
@@ -35,7 +37,7 @@ from potstill.types import StartingPoint
 
 
 class Attempt:
-    """`stopping`: set when the run is asked to leave a checkpoint and end."""
+    """`stopping`: set when the run is asked to end."""
 
     def __init__(self, config: RunConfig, site: Site, journal: Journal, stopping: asyncio.Event) -> None:
         self._config = config
@@ -50,12 +52,14 @@ class Attempt:
 
     async def run(self, faculty: Faculty) -> None:
         """To the end of the run. Raises WorkerLost or ChunkLost for what another attempt may mend, Closed when the run
-        was asked to stop and has left a checkpoint."""
+        was asked to stop and has left a checkpoint of its steps, where it had made one."""
         config, journal = self._config, self._journal
         fence = Fence(journal.folder, next_attempt(journal.folder))
         for name in ("checkpoints", "rollouts"):
             sweep(journal.folder / name)
-        async with self._site.open(config, faculty, fence, journal) as (crew, start):
+        async with contextlib.AsyncExitStack() as stack:
+            opening = stack.enter_async_context(self._site.open(config, faculty, fence, journal))
+            crew, start = await unless_asked(self._stopping, opening)
             offpolicy = OffPolicy.of(config)
             prompts = PromptStream(
                 self._environment,
@@ -70,19 +74,21 @@ class Attempt:
                 recorder=self.recorder,
                 data=self._environment,
                 offpolicy=offpolicy,
+                stopping=self._stopping,
             )
             buffer = self._go_on(start)
             journal.status(Status.RUNNING)
             await until(self._work(crew, prompts, buffer, start.extra), crew.watch())
 
     async def _work(self, crew: Crew, prompts: PromptStream, buffer: Buffer, extra: Mapping[str, Any]) -> None:
-        await self.chores.before(extra)
         try:
+            await self.chores.before(extra)
             await until(distil(crew, prompts, buffer, self.recorder, self.chores), self._close_when_asked(buffer))
+            await self.chores.after(buffer.trained)
         except Closed:
-            await self.chores.stop(buffer.trained)
+            if self.recorder.steps_done:
+                await self.chores.stop(buffer.trained)
             raise
-        await self.chores.after(buffer.trained)
         self.spent = in_all(await crew.spent())
 
     async def _close_when_asked(self, buffer: Buffer) -> None:

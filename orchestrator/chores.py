@@ -10,13 +10,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.alarms import watch
 from orchestrator.card import model_card
 from orchestrator.crew import Crew
 from orchestrator.offpolicy import Kept, OffPolicy
 from orchestrator.recorder import Recorder, share_right
+from orchestrator.stopping import unless_asked
 from potstill import spool
 from potstill.config import RunConfig
 from potstill.config_teachers import OpenAITeacher, ServerTeacher
@@ -39,13 +40,16 @@ class Chores:
         recorder: Recorder,
         data: Environment,
         offpolicy: OffPolicy | None,
+        stopping: asyncio.Event,
     ) -> None:
+        """`stopping`: set when the run is asked to end, which evaluations and canaries do not hold up."""
         self._config = config
         self._crew = crew
         self._journal = journal
         self._recorder = recorder
         self._data = data
         self._offpolicy = offpolicy
+        self._stopping = stopping
         self._held_out = data.held_out(config.eval.items)
         self._alarms = watch(config)
         self._saving: tuple[int, asyncio.Task[list[str]]] | None = None  # the step, and its writing
@@ -73,20 +77,22 @@ class Chores:
         """On the first batch, where a teacher behind HTTP scores what the student wrote."""
         if batch.step > 1 or not self._scored_over_http:
             return
-        found: dict[str, Any] = await self._crew.check(batch)
+        found: dict[str, Any] = await unless_asked(self._stopping, self._crew.check(batch))
         self._journal.event("canaries.passed", "teacher, sampler and learner agree on what they score", **found)
 
     async def after_step(self, batch: StepBatch, trained: Sequence[range]) -> None:
-        """`trained`: the prompts whose steps are done. Raises AlarmRaised when the run must not go on."""
+        """`trained`: the prompts whose steps are done. Raises AlarmRaised when the run must not go on.
+
+        The evaluation is after what a checkpoint keeps: being asked to stop ends it, and leaves one."""
         step = batch.step
         await self._look(step, trained)
         every = max(1, self._config.loop.steps // SAMPLED_STEPS)
         if (step - 1) % every == 0 or step == self._config.loop.steps:
             await self._sample(batch)
-        if self._config.eval.every and step % self._config.eval.every == 0 and step < self._config.loop.steps:
-            await self._evaluate("between", self._held_out[: self._config.eval.items_between])
         if self._offpolicy is not None:
             await self._schedule(self._offpolicy, batch)
+        if self._config.eval.every and step % self._config.eval.every == 0 and step < self._config.loop.steps:
+            await self._evaluate("between", self._held_out[: self._config.eval.items_between])
         await self._announce(wait=False)
         if self._config.checkpoint.every and step % self._config.checkpoint.every == 0:
             await self._save(trained)
@@ -104,8 +110,9 @@ class Chores:
     async def _evaluate(self, stage: str, prompts: Sequence[Prompt]) -> None:
         if not prompts:
             return
+        who: Literal["student", "teacher"] = "teacher" if stage == "teacher" else "student"
         with self._recorder.spans.span("evaluate"):
-            verdicts = await self._crew.evaluate(prompts, "teacher" if stage == "teacher" else "student")
+            verdicts = await unless_asked(self._stopping, self._crew.evaluate(prompts, who))
         rewards = [reward for verdict in verdicts for reward in verdict.rewards]
         accuracy = share_right(rewards)
         self.accuracy[stage] = accuracy

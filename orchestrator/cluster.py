@@ -1,7 +1,8 @@
 """A Ray cluster, ours or one that was there: connected to, asked for room, and given actors.
 
-The learner's ranks lie in one placement group, all of them or none; it outlives its actors, so that Ray finds new room
-for a bundle whose node is gone. Everything else is placed by itself. placement.py says what is asked for.
+The learner's ranks lie in one placement group, all of them or none. Each worker's room is a group of its own, so that
+one knows when there is some. Groups outlive their actors: Ray finds new room for a bundle whose node is gone.
+placement.py says what is asked for.
 """
 
 from __future__ import annotations
@@ -91,11 +92,12 @@ def holding(needs: Needs) -> Berth:
 
 
 class Gang:
-    """Room for one learner's ranks, and for the workers that lie beside them."""
+    """Room for one learner's ranks, and for the workers that lie beside them or by themselves."""
 
     def __init__(self) -> None:
         self._placement: Placement | None = None
         self._group: Any = None
+        self._rooms: dict[int, Any] = {}  # groups of one bundle, by worker
 
     def suits(self, placement: Placement) -> bool:
         """Whether those who are in it may stay."""
@@ -119,28 +121,41 @@ class Gang:
             raise lacking("learner", placement.bundles, strategy=placement.strategy, waited_s=wait_s) from None
 
     def rank(self, number: int) -> Berth:
-        return holding(self._asked.rank) | self._seat(number)
+        return holding(self._asked.rank) | _inside(self._group, number)
 
-    def worker(self, number: int) -> Berth:
-        beside = number < self._asked.num_seated
-        return holding(self._asked.worker) | (self._seat(number) if beside else {})
+    async def worker(self, number: int) -> Berth:
+        """Once there is room, for which it may wait for ever. It is kept for whoever comes in the worker's place."""
+        from ray.util.placement_group import placement_group
+
+        berth = holding(self._asked.worker)
+        if number < self._asked.num_seated:
+            return berth | _inside(self._group, number)
+        if not self._asked.worker:
+            return berth
+        if number not in self._rooms:
+            self._rooms[number] = placement_group([self._asked.worker])
+        await self._rooms[number].ready()
+        return berth | _inside(self._rooms[number], 0)
 
     def release(self) -> None:
         """Give the room back, which ends who is in it."""
         from ray.util.placement_group import remove_placement_group
 
-        if self._group is not None:
-            remove_placement_group(self._group)
+        for group in (self._group, *self._rooms.values()):
+            if group is not None:
+                remove_placement_group(group)
         self._placement = self._group = None
+        self._rooms.clear()
 
     @property
     def _asked(self) -> Placement:
         assert self._placement is not None, "gather first"
         return self._placement
 
-    def _seat(self, bundle: int) -> Berth:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Inside
 
-        if self._group is None:
-            return {}
-        return {"scheduling_strategy": Inside(self._group, placement_group_bundle_index=bundle)}
+def _inside(group: Any, bundle: int) -> Berth:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    if group is None:
+        return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}

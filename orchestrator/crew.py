@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from orchestrator.learners import LEARNER, Learners
-from orchestrator.outcome import outcome, revocable
+from orchestrator.outcome import died, outcome, revocable
 from orchestrator.patience import Patience
 from orchestrator.pulse import actor_pulse, server_pulse
 from orchestrator.roster import Roster, Worker
@@ -58,17 +58,12 @@ class Crew:
         """Chunks that one worker has at once."""
         return self._config.rollout.calls or (1 if self._config.loop.max_staleness == 0 else 2)
 
-    @property
-    def workers_lost(self) -> int:
-        return self._roster.num_lost
-
     def arrivals(self) -> AsyncIterator[Worker]:
         return self._roster.arrivals()
 
     def lost(self, worker: Worker, error: WorkerLost) -> None:
         """Have another come in its place."""
-        if self._roster.lost(worker, error):
-            self._journal.event("worker.lost", f"{worker.name}: {error}", level="warn", number=worker.number)
+        self._roster.lost(worker, error)
 
     async def rollout(self, worker: Worker, chunk: range, prompts: Sequence[Prompt]) -> list[list[Receipt]]:
         """Receipts by prompt, written and scored by one worker with the weights that it has now, or newer ones."""
@@ -80,12 +75,13 @@ class Crew:
         return groups
 
     async def follow(self, worker: Worker) -> None:
-        """Wait for weights that are newer than the worker's, and have it load the newest."""
+        """Wait for weights that are newer than the worker's, and have it load the newest; a teacher that follows the
+        student and is away meanwhile is waited for."""
         while worker.version >= self._published.version:
             await self._newer.wait()
         async with worker.loading:
             if worker.version < self._published.version:
-                worker.version = await self._loaded(worker, self._published)
+                worker.version = await self._patience.wait_out(lambda: self._loaded(worker, self._published))
 
     async def pulse(self, worker: Worker) -> None:
         """Raises WorkerLost when the worker has given no sign of life for too long, and ends it."""
@@ -96,7 +92,7 @@ class Crew:
         silence_s = self._config.loop.silence_s
         learners = [actor_pulse(LEARNER, actor, silence_s, LearnerLost) for actor in self._learners.actors]
         servers = [server_pulse(child, silence_s) for child in self._teachers]
-        await together(*learners, *servers, *(child.died() for child in self._teachers))
+        await together(*learners, *servers, *(died(child) for child in self._teachers))
 
     async def check(self, batch: StepBatch) -> dict[str, float]:
         found: dict[str, float] = await self._learners.all("check", batch, CANARY_ROLLOUTS)

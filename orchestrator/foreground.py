@@ -19,7 +19,7 @@ from potstill.config import RunConfig
 from potstill.display import make_display
 from potstill.environments import open_environment
 from potstill.errors import ConfigError
-from potstill.journal import Journal
+from potstill.journal import STOP_AT_ONCE, Journal
 from potstill.planner import plan
 from potstill.sinks.opening import ready, told
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 def run(config: RunConfig, *, report_to: str | None, quiet: bool, resume: bool) -> dict[str, Any] | None:
     """Run to the end, good or bad, and write the report; `resume`: the run that is in the config's folder already.
 
-    None when it was asked to stop before its end and has left a checkpoint. Refuses before anything is written when
+    None when it was asked to stop before its end and can be resumed. Refuses before anything is written when
     config, plan and sinks do not fit.
     """
     plan(config)
@@ -67,17 +67,17 @@ def until_done(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
 
 
 async def _run(config: RunConfig, journal: Journal) -> dict[str, Any]:
-    """The first SIGTERM asks for a checkpoint and the end; a second one, or GRACE_S, does not wait for it."""
+    """The first SIGTERM asks for the end, with a checkpoint; a second one, or GRACE_S, does not wait for it."""
     stopping, task = asyncio.Event(), _this_task()
 
     def asked() -> None:
-        if stopping.is_set():
+        if stopping.is_set() or (journal.folder / STOP_AT_ONCE).exists():
             task.cancel()
         stopping.set()
         asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
 
+    _on_sigterm(asked)
     async with site(config) as opened:
-        _on_sigterm(asked)
         return await execute(config, opened, journal, stopping)
 
 

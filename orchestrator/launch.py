@@ -21,12 +21,12 @@ from orchestrator.crew import WORKER, Crew
 from orchestrator.learners import LEARNER, Learners
 from orchestrator.outcome import end, outcome
 from orchestrator.placement import Placement
-from orchestrator.pulse import actor_pulse
+from orchestrator.pulse import LOADING_S, actor_pulse, first_answer
 from orchestrator.roster import Roster, Worker
 from orchestrator.tasks import together, until
 from orchestrator.teachers import Faculty
 from potstill.config import RunConfig, ScratchConfig
-from potstill.errors import WorkerLost
+from potstill.errors import LearnerLost, WorkerLost
 from potstill.fencing import Fence
 from potstill.journal import Journal
 from potstill.teachers.opening import ALLOWED
@@ -50,6 +50,7 @@ class Site:
         self._first = config
         self._gang = cluster.Gang()
         self._learners: list[Any] = []
+        self._new: list[Any] = []  # of the learners: those who have not answered yet
         self._workers: dict[int, Any] = {}
         self._placed: set[int] = set()  # workers that have found room
 
@@ -63,19 +64,23 @@ class Site:
         """
         nearby = bool(faculty.processes) and not cluster.is_own()  # teachers of ours listen on loopback
         placement = Placement.of(config, host=cluster.this_host() if nearby else None)
-        learners = Learners(await self._ranks(config, placement))
+        learners = await self._ranks(config, placement)
         route = route_of(config, same_host=cluster.on_one_host())
         journal.event("weights.route", f"weights travel by {route.transport}: {route.reason}", **asdict(route))
         roster = Roster(
             lambda number, anew: self._hire(number, config, faculty, fence, anew=anew),
+            lambda number, error: _lost(journal, number, error),
             wanted=config.rollout.workers,
             at_least=config.rollout.min_workers,
             restarts=config.loop.restarts,
         )
+
+        async def loaded() -> StartingPoint:
+            await self._begin(config)
+            return await learners.open(config, faculty.met, fence, route)
+
         try:  # side by side: each loads its libraries for seconds
-            start, *_ = await together(
-                learners.open(config, faculty.met, fence, route), roster.open(), self._enough(config, placement)
-            )
+            start, *_ = await together(loaded(), roster.open(), self._enough(config, placement))
             crew = Crew(
                 config,
                 learners=learners,
@@ -90,16 +95,19 @@ class Site:
 
     async def create(self, folder: Path, architecture: ScratchConfig, *, texts: list[str], seed: int) -> None:
         """Write a model folder from nothing, replacing what is there."""
-        learners = Learners(await self._ranks(self._first, Placement.of(self._first)))
-        await learners.first("create", str(folder), architecture, texts, seed)
+        learners = await self._ranks(self._first, Placement.of(self._first))
+        await self._begin(self._first)
+        creating = learners.first("create", str(folder), architecture, texts, seed)
+        await learners.watched(creating, self._first.loop.silence_s)
 
     async def dismiss_learners(self) -> None:
         """End those that are left of a learner that lost a rank, or that fell silent."""
         for actor in self._learners:
             await end(actor)
-        self._learners = []
+        self._learners, self._new = [], []
 
-    async def _ranks(self, config: RunConfig, placement: Placement) -> list[Any]:
+    async def _ranks(self, config: RunConfig, placement: Placement) -> Learners:
+        """Have as many as there are ranks, where they have room; those who are new have yet to begin."""
         from learner.actor import Learner
 
         if not self._gang.suits(placement):
@@ -107,10 +115,16 @@ class Site:
             await self._dismiss_workers()
             self._gang.release()
         await self._gang.gather(placement, config.resources.wait_s)
-        new = range(len(self._learners), config.learner.ranks)
-        self._learners += [_actor(Learner, config.learner.threads, self._gang.rank(number)) for number in new]
-        await together(*[_enter(LEARNER, self._learners[number]) for number in new])
-        return self._learners[: config.learner.ranks]
+        places = range(len(self._learners), config.learner.ranks)
+        new = [_actor(Learner, config.learner.threads, self._gang.rank(number)) for number in places]
+        self._learners += new
+        self._new += new
+        return Learners(self._learners[: config.learner.ranks])
+
+    async def _begin(self, config: RunConfig) -> None:
+        silence_s = config.loop.silence_s
+        await together(*[_enter(LEARNER, actor, silence_s, LearnerLost) for actor in self._new])
+        self._new = []
 
     async def _hire(self, number: int, config: RunConfig, faculty: Faculty, fence: Fence, *, anew: bool) -> Worker:
         """Have the worker of a place open the run; `anew`: in another process than the one that was there."""
@@ -119,14 +133,15 @@ class Site:
         if anew and number in self._workers:
             self._placed.discard(number)
             await end(self._workers.pop(number))
-        if number not in self._workers:
-            self._workers[number] = _actor(RolloutWorker, config.rollout.threads, self._gang.worker(number))
-        actor = self._workers[number]
-        await _enter(WORKER, actor)
+        berth = await self._gang.worker(number)
         self._placed.add(number)
+        if number not in self._workers:
+            self._workers[number] = _actor(RolloutWorker, config.rollout.threads, berth)
+        actor, silence_s = self._workers[number], config.loop.silence_s
+        await _enter(WORKER, actor, silence_s, WorkerLost)
         await until(
             outcome(WORKER, actor.open.remote(config, faculty.accesses, faculty.met, number, fence)),
-            actor_pulse(WORKER, actor, config.loop.silence_s, WorkerLost),
+            actor_pulse(WORKER, actor, silence_s, WorkerLost),
         )
         return Worker(number=number, actor=actor, version=0)
 
@@ -178,6 +193,12 @@ def _actor(cls: type, threads: int, berth: cluster.Berth) -> Any:
     return cluster.actor(cls, berth, {**ACTOR_ENV, "OMP_NUM_THREADS": str(threads)})
 
 
-async def _enter(who: str, actor: Any) -> None:
-    """Returns once the actor has found room and begun, in the folder that we are in."""
-    await outcome(who, actor.__ray_call__.remote(cluster.enter, os.getcwd()))
+async def _enter(who: str, actor: Any, silence_s: float, gone: type[WorkerLost]) -> None:
+    """Returns once the actor has begun, in the folder that we are in. Raises `gone` when it does not."""
+    entering = actor.__ray_call__.remote(cluster.enter, os.getcwd())
+    await first_answer(who, actor, entering, LOADING_S + silence_s, gone)
+
+
+def _lost(journal: Journal, number: int, error: WorkerLost) -> None:
+    message = f"rollout worker {number}: {error}"
+    journal.event("worker.lost", message, level="warn", number=number, category=error.category)

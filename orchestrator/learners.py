@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
 from orchestrator.outcome import outcome
@@ -26,15 +26,12 @@ class Learners:
 
     async def open(self, config: RunConfig, met: Capabilities | None, fence: Fence, route: Route) -> StartingPoint:
         """Have them meet and load the student where the run stands."""
-        gathering = await self.first("gather", fence, len(self.actors))
-        opening = self._together(
-            [actor.open.remote(config, met, fence, rank, gathering, route) for rank, actor in enumerate(self.actors)]
-        )
-        silence_s = config.loop.silence_s
-        start: StartingPoint = await until(
-            opening, *(actor_pulse(LEARNER, actor, silence_s, LearnerLost) for actor in self.actors)
-        )
+        start: StartingPoint = await self.watched(self._open(config, met, fence, route), config.loop.silence_s)
         return start
+
+    async def watched(self, work: Coroutine[Any, Any, Any], silence_s: float) -> Any:
+        """What `work` returns. Raises LearnerLost when a rank is silent for too long meanwhile."""
+        return await until(work, *(actor_pulse(LEARNER, actor, silence_s, LearnerLost) for actor in self.actors))
 
     async def all(self, method: str, *arguments: Any) -> Any:
         """Have every rank do it. Raises LearnerLost when one of them is gone."""
@@ -43,6 +40,12 @@ class Learners:
     async def first(self, method: str, *arguments: Any) -> Any:
         """Have rank 0 do it: what needs no other."""
         return await outcome(LEARNER, getattr(self.actors[0], method).remote(*arguments))
+
+    async def _open(self, config: RunConfig, met: Capabilities | None, fence: Fence, route: Route) -> Any:
+        gathering = await self.first("gather", fence, len(self.actors))
+        return await self._together(
+            [actor.open.remote(config, met, fence, rank, gathering, route) for rank, actor in enumerate(self.actors)]
+        )
 
     async def _together(self, calls: Sequence[Awaitable[Any]]) -> Any:
         tasks = [asyncio.create_task(outcome(LEARNER, call)) for call in calls]

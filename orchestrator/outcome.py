@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from potstill.errors import LearnerLost, PotstillError, RunError, WorkerLost
+from orchestrator import memory
+from potstill.errors import CapacityError, LearnerLost, MemoryLost, PotstillError, RunError, WorkerLost
+from potstill.processes import Child
 
 
 async def outcome(who: str, call: Awaitable[Any]) -> Any:
-    """Raises what the process raised, WorkerLost (LearnerLost for the learner) when it is gone."""
+    """Raises what the process raised, CapacityError where it asked for more memory than there is; when it is gone
+    WorkerLost (LearnerLost for the learner), or MemoryLost where it was ended for its memory."""
     gone = LearnerLost if who == "learner" else WorkerLost
     try:
         return await call
@@ -22,9 +25,15 @@ async def outcome(who: str, call: Awaitable[Any]) -> Any:
             raise cause from None
         if isinstance(cause, ObjectLostError):
             raise WorkerLost(f"the {who} could not read what a process left that has died") from error
+        if memory.was_refused(cause):
+            raise CapacityError(f"the {who} has run out of memory ({cause}): {memory.advice(who)}") from error
         raise RunError(f"the {who} failed: {type(cause).__name__}: {cause}") from error
+    except OutOfMemoryError as error:
+        raise MemoryLost(
+            f"the {who}'s process was ended by Ray, as its node had hardly any memory left: {memory.advice(who)}"
+        ) from error
     except RayActorError as error:
-        raise gone(f"the {who}'s process died; its log is in Ray's session folder") from error
+        raise memory.loss(who, gone, f"the {who}'s process died; its log is in Ray's session folder") from error
     except ObjectLostError as error:
         raise gone(f"the {who}'s answer is lost with the machine that held it") from error
 
@@ -38,6 +47,14 @@ async def revocable(who: str, call: Awaitable[Any]) -> Any:
     except asyncio.CancelledError:
         ray.cancel(call)
         raise
+
+
+async def died(server: Child) -> None:
+    """Wait for the end of a server that the run started. Raises WorkerLost or MemoryLost unless it was asked for."""
+    try:
+        await server.died()
+    except WorkerLost as error:
+        raise memory.loss(server.name, WorkerLost, str(error)) from None
 
 
 async def end(actor: Any) -> None:

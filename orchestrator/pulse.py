@@ -6,7 +6,7 @@ A frozen process looks like a busy one, so patience is long; and while it is us 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 import httpx2
@@ -17,6 +17,8 @@ from potstill.calling.guard import LOOPBACK, Guard
 from potstill.errors import RunError, WorkerLost
 from potstill.processes import Child
 
+LOADING_S = 60.0  # that a first answer may take longer: it comes when torch is imported, in 5 s by a core of its own,
+# in a minute where many processes read it at once from a disk that they share
 PARTS = 4  # of a silence: when we wake after hours one of them has passed
 RETRY_S = 0.5
 RAYS_PARTS = ("raylet", "gcs_server")
@@ -25,14 +27,18 @@ RAYS_PARTS = ("raylet", "gcs_server")
 async def actor_pulse(name: str, actor: Any, silence_s: float, gone: type[WorkerLost]) -> None:
     """Raises `gone` when the actor's process has died, or has been silent for too long and was ended."""
     while True:
-        try:
-            heard = await _answers(outcome(name, actor.beat.remote()), silence_s)
-        except WorkerLost as error:
-            raise gone(str(error)) from None
-        if not heard:
+        if not await _answers(outcome(name, actor.beat.remote()), silence_s):
             await end(actor)
             raise gone(_silent(name, silence_s))
         await asyncio.sleep(silence_s / PARTS)
+
+
+async def first_answer(name: str, actor: Any, call: Awaitable[object], limit_s: float, gone: type[WorkerLost]) -> None:
+    """Wait for the first call to an actor that has its room; until then it has no pulse. Raises what the call raises,
+    and `gone` when there was no answer in time and its process was ended."""
+    if not await _answers(outcome(name, call), limit_s):
+        await end(actor)
+        raise gone(_silent(name, limit_s))
 
 
 async def server_pulse(child: Child, silence_s: float) -> None:

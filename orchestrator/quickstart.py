@@ -87,16 +87,21 @@ class Quickstart:
         self._answering = contextlib.AsyncExitStack()
 
     async def run(self) -> dict[str, Any]:
-        """All phases; the report of the distillation with those of its preparations and control folded in."""
+        """All phases, on processes of its own, which end with it."""
         started = time.perf_counter()
+        async with site(self._undecided(self._recipe.distil)) as opened:
+            report = await self.run_on(opened)
+        return {**report, "seconds_recipe": time.perf_counter() - started}
+
+    async def run_on(self, opened: Site) -> dict[str, Any]:
+        """All phases; the report of the distillation with those of its preparations and control folded in."""
         with Footprint() as footprint:
-            async with site(self._undecided(self._recipe.distil)) as opened, self._answering:
+            async with self._answering:
                 for name in self._recipe.prepared:
                     self._folders[name] = await self._prepare(opened, name)
                     _copy(last_checkpoint(self._folders[name]), self._shelf / name.replace("_", "-"))
                 report = await self._distil(opened)
         report["peak_rss_bytes"] = footprint.peak_bytes
-        report["seconds_recipe"] = time.perf_counter() - started
         return report
 
     async def _distil(self, opened: Site) -> dict[str, Any]:

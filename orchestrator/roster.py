@@ -16,7 +16,6 @@ from typing import Any
 
 from potstill.errors import WorkerLost
 
-JOIN_S = 30.0  # that a run which has its fewest workers waits for the others
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
@@ -36,13 +35,16 @@ class Worker:
 
 Hire = Callable[[int, bool], Awaitable[Worker]]
 """The worker of a place; True: another than the one that was there."""
+Report = Callable[[int, WorkerLost], None]
+"""Told of every loss with its place: of a worker that was here, and of one that never came."""
 
 
 class Roster:
     """`wanted` places, of which `at_least` must have a worker before the run begins."""
 
-    def __init__(self, hire: Hire, *, wanted: int, at_least: int, restarts: int) -> None:
+    def __init__(self, hire: Hire, report: Report, *, wanted: int, at_least: int, restarts: int) -> None:
         self._hire = hire
+        self._report = report
         self._wanted = wanted
         self._at_least = min(at_least, wanted)
         self._restarts = restarts
@@ -51,20 +53,17 @@ class Roster:
         self._hiring: dict[int, asyncio.Task[None]] = {}
         self._failure: Exception | None = None  # what ends the run
         self._news = asyncio.Event()  # replaced as soon as it is set: whoever waits, wakes
-        self.num_lost = 0
 
     @property
     def present(self) -> list[Worker]:
         return [self._present[number] for number in sorted(self._present)]
 
     async def open(self) -> None:
-        """Wait for the workers that the run begins with. Raises what one of them raised."""
+        """Wait for the workers that the run begins with; the others join when they come. Raises what one of them
+        raised."""
         for number in range(self._wanted):
             self._begin(number)
         await self._until(lambda: len(self._present) >= self._at_least)
-        others = [task for task in self._hiring.values() if not task.done()]
-        await asyncio.wait(others, timeout=JOIN_S) if others else None
-        self._check()
 
     async def arrivals(self) -> AsyncIterator[Worker]:
         """Every worker as it comes, those who are here already first. Raises what ends the run."""
@@ -88,13 +87,11 @@ class Roster:
         if self._present.get(worker.number) is worker:
             self._losses[worker.number] = 0
 
-    def lost(self, worker: Worker, error: WorkerLost) -> bool:
-        """It is gone; hire another. To be told twice changes nothing. Whether this is the first time."""
-        if self._present.get(worker.number) is not worker:
-            return False
-        del self._present[worker.number]
-        self._count(worker.number, error)
-        return True
+    def lost(self, worker: Worker, error: WorkerLost) -> None:
+        """It is gone; hire another. To be told twice changes nothing."""
+        if self._present.get(worker.number) is worker:
+            del self._present[worker.number]
+            self._count(worker.number, error)
 
     async def close(self) -> None:
         for task in self._hiring.values():
@@ -102,10 +99,11 @@ class Roster:
         await asyncio.gather(*self._hiring.values(), return_exceptions=True)
 
     def _count(self, number: int, error: WorkerLost) -> None:
-        self.num_lost += 1
+        self._report(number, error)
         self._losses[number] += 1
         if self._losses[number] > self._restarts:
-            self._fail(WorkerLost(f"rollout worker {number} was lost {self._losses[number]} times in a row: {error}"))
+            times = self._losses[number]
+            self._fail(type(error)(f"rollout worker {number} was lost {times} times in a row: {error}"))
         else:
             self._begin(number)
 

@@ -20,8 +20,10 @@ from orchestrator.chores import Chores
 from orchestrator.exposition import exposed
 from orchestrator.footprint import Footprint
 from orchestrator.launch import ACTOR_ENV, Site
+from orchestrator.memory import KERNEL
 from orchestrator.pulse import ray_pulse
 from orchestrator.recorder import Recorder
+from orchestrator.stopping import unless_asked
 from orchestrator.tasks import until
 from orchestrator.teachers import Faculty, teachers
 from potstill.config import RunConfig
@@ -39,14 +41,16 @@ async def execute(
     """Run `config` on the processes of `site`, writing through `journal`. Returns report.json's content.
 
     A folder that holds checkpoints and scored rollouts goes on from them; setting `stopping` has the run leave a
-    checkpoint and end. Raises what ended it, after status.json says so: PotstillError (failed), Closed and
+    checkpoint of its steps and end. Raises what ended it, after status.json says so: PotstillError (failed), Closed and
     CancelledError (cancelled).
     """
     try:
         with hold(journal.folder), exposed(journal, config):
-            report = await until(_executed(config, site, journal, stopping or asyncio.Event()), ray_pulse())
+            report = await until(
+                _executed(config, site, journal, stopping or asyncio.Event()), ray_pulse(), KERNEL.watch()
+            )
     except Closed:
-        journal.event("run.stopped", "the run was asked to stop and has left a checkpoint; resume it with --resume")
+        journal.event("run.stopped", "the run was asked to stop; go on with --resume")
         journal.status(Status.CANCELLED)
         raise
     except asyncio.CancelledError:
@@ -89,7 +93,8 @@ async def _attempts(config: RunConfig, site: Site, journal: Journal, stopping: a
             try:
                 if faculty is None or not faculty.alive:
                     await stack.aclose()
-                    faculty = await stack.enter_async_context(teachers(config, journal.folder, ACTOR_ENV))
+                    meeting = stack.enter_async_context(teachers(config, journal.folder, ACTOR_ENV))
+                    faculty = await unless_asked(stopping, meeting)
                     _introduce(journal, faculty)
                 await attempt.run(faculty)
             except (WorkerLost, ChunkLost) as error:

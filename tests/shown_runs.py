@@ -101,17 +101,16 @@ class Shown:
             "name": self.name,
             "method": self.method,
             "student": {"model": "warm-student-1b"},
-            "teacher": {"kind": "registered", "name": "qwen3-32b"},
-            "data": {"kind": "jsonl", "path": "file-3fa2"},
+            "teacher": {"kind": "server", "model": "qwen3-32b"},
+            "data": {"kind": "reasoning_gym", "dataset": "basic_arithmetic"},
             "rollout": {"prompts_per_step": 8, "sampling": {"max_new_tokens": 64}},
             "optim": {"lr": self.lr, "warmup_steps": 10},
             "loop": {"steps": STEPS},
         }
-        resolved = parse({**submitted, "teacher": {"kind": "server", "model": "qwen3-32b"}})
         return NewRun(
             id=self.name,
             submitted=submitted,
-            config=resolved.model_dump(mode="json"),
+            config=parse(submitted).model_dump(mode="json"),
             owner=owner,
             metadata=self.metadata,
             notes=self.notes,
@@ -119,29 +118,22 @@ class Shown:
 
     def reports(self, now: float) -> Iterator[Report]:
         begun = now - 2.0 * self.step
-        told = [self._event(1, begun + 1, "canaries.passed", self.message)]
+        told = [(1.0, "canaries.passed", self.message, "info", {})]
         for step in range(0, self.step + 1, 100):
             accuracy = self._accuracy(step)
-            told.append(
-                self._event(
-                    len(told) + 1,
-                    begun + 2 * step,
-                    "eval.finished",
-                    f"accuracy {accuracy:.1%} on 128 held-out items",
-                    stage="between" if step else "before",
-                    step=step,
-                    accuracy=accuracy,
-                    items=128,
-                )
-            )
+            data = {"stage": "between" if step else "before", "step": step, "accuracy": accuracy, "items": 128}
+            told.append((2.0 * step, "eval.finished", f"accuracy {accuracy:.1%} on 128 held-out items", "info", data))
+        for step in range(100, self.step + 1, 100):
+            told.append((2.0 * step + 1, "checkpoint.saved", f"checkpoint of step {step}", "info", {"step": step}))
         if self.step >= 200:
-            told.append(
-                self._event(
-                    len(told) + 1, begun + 400, "alarm.repetition", "one completion in ten repeats itself",
-                    level="warn", step=200, action="warn", value=10.4, bound=10.0,
-                )
-            )  # fmt: skip
-        yield Report.model_validate({"events": told})
+            alarm = {"step": 231, "action": "warn", "value": 10.4, "bound": 10.0}
+            told.append((462.0, "alarm.repetition", "one completion in ten repeats itself", "warn", alarm))
+        ordered = enumerate(sorted(told, key=lambda one: one[0]), 1)
+        events = [
+            {"seq": seq, "time": begun + at, "type": kind, "level": level, "message": message, "data": data}
+            for seq, (at, kind, message, level, data) in ordered
+        ]
+        yield Report.model_validate({"events": events})
         steps = [self._measured(step, begun) for step in range(1, self.step + 1)]
         for first in range(0, len(steps), 200):
             yield Report.model_validate({"metrics": steps[first : first + 200]})
@@ -151,7 +143,7 @@ class Shown:
         (folder / "logs").mkdir(parents=True)
         (folder / "spans").mkdir()
         samples = self._samples if self._samples is not None else [
-            sample(self._noise, step, right=step > 100, rank=rank)
+            sample(self._noise, step, right=step > 1 or rank == 2, rank=rank)
             for step in (1, *range(121, self.step + 1, 120)) for rank in range(3)
         ]  # fmt: skip
         _lines(folder / "samples.jsonl", samples)
@@ -163,9 +155,6 @@ class Shown:
         for step in (100, 200):
             if step <= self.step:
                 _checkpoint(folder / "checkpoints" / f"step-{step:06d}", step)
-
-    def _event(self, seq: int, at: float, type: str, message: str, level: str = "info", **data: Any) -> dict[str, Any]:
-        return {"seq": seq, "time": at, "type": type, "level": level, "message": message, "data": data}
 
     def _accuracy(self, step: int) -> float:
         return 0.125 + (self.top - 0.125) * (1 - math.exp(-5 * step / STEPS))
@@ -201,11 +190,12 @@ def sample(noise: random.Random, step: int, *, right: bool, rank: int = 0) -> di
     words = re.findall(r"\S+\n?", text)
     tokens = []
     for place, word in enumerate(words):
-        student = -noise.expovariate(3.0 if step > 100 else 1.2)
+        student = -noise.expovariate(3.0 if right else 1.2)
         teacher = min(-0.001, student + noise.gauss(0.0 if right else -0.3, 0.35 if right else 1.1))
         if word == str(total) and not right:
             teacher = student - 5.2
-        tokens.append(token(word if place == 0 else f" {word}", 1000 + place, student, teacher, version=step - 1))
+        text = f" {word}" if place and not words[place - 1].endswith("\n") else word
+        tokens.append(token(text, 1000 + place, student, teacher, version=step - 1, trained=place != 1))
     tokens.append(token("<|im_end|>", 2, -0.01, -0.02, version=step))
     return {
         "step": step, "rollout_id": f"train-{step}/{rank}", "prompt_id": f"train-{step}",

@@ -46,6 +46,7 @@ _TYPES = {
     503: "overloaded_error",
     504: "teacher_error",
 }
+_UNREAD = frozenset({408, 413})
 _RETRYABLE = frozenset({429, 503})
 _PHRASES = {404: "there is nothing at this path", 405: "this path does not take this method"}
 _PROBES = frozenset({"/livez", "/readyz"})  # a kubelet asks by address
@@ -181,6 +182,8 @@ def _error(
     sent = dict(headers or {}) | {"x-request-id": request_id}
     if status == 401:
         sent["www-authenticate"] = "Bearer"
+    if status in _UNREAD:
+        sent["connection"] = "close"  # or the rest of the body would come all the same
     if status in _RETRYABLE:
         sent["retry-after"] = str(RETRY_AFTER_S)
     if status == 409:

@@ -169,7 +169,7 @@ class Uploads:
         """Its rows as lines, in `beside`, and what is to be said of them."""
         lines = path.with_name(f"{path.name}-lines")
         try:
-            columns = parquet.to_json_lines(path, lines)
+            columns = parquet.to_json_lines(path, lines, most_rows=prompt_files.MOST_ROWS)
             summary = prompt_files.read(lines, purpose, beside=beside)
             if not beside.exists():
                 lines.rename(beside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from potstill.metrics import METRICS
 
@@ -19,14 +19,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A figure. `smooth`: the steps are pale and their running mean is strong. `zero`: its axis shows zero."""
+    """A figure: its steps are pale and their running mean is strong. `zero`: its axis shows zero."""
 
     name: str
     title: str
     unit: str
     lines: Sequence[Line]
-    smooth: bool = False
     zero: bool = True
+    chief: bool = False  # one of those that are looked at first, and larger
     held_out: bool = False  # held-out evaluations are dots on it
 
 
@@ -41,17 +41,17 @@ CURVES = (
         title="Reverse KL to the teacher",
         unit="nats per token",
         lines=[_line("reverse_kl", "reverse KL")],
-        smooth=True,
+        chief=True,
     ),
     Curve(
         name="accuracy",
         title="Accuracy",
         unit="",
         lines=[_line("accuracy", "own rollouts")],
-        smooth=True,
+        chief=True,
         held_out=True,
     ),
-    Curve(name="loss", title="Loss", unit="nats", lines=[_line("loss", "loss")], smooth=True, zero=False),
+    Curve(name="loss", title="Loss", unit="nats", lines=[_line("loss", "loss")], zero=False),
     Curve(
         name="length",
         title="Length of completions",
@@ -87,19 +87,18 @@ CURVES = (
         title="Seconds of a step",
         unit="s",
         lines=[
-            _line("seconds_generate", "generate, score"),
+            _line("seconds_generate", "generate"),
             _line("seconds_train", "train"),
             _line("seconds_weights", "publish"),
         ],
     ),
-    Curve(
-        name="grad_norm", title="Gradient norm", unit="before clipping", lines=[_line("grad_norm", "norm")], zero=True
-    ),
+    Curve(name="grad_norm", title="Gradient norm", unit="before clipping", lines=[_line("grad_norm", "norm")]),
 )
 
 COMPARED = tuple(curve for curve in CURVES if curve.name in {"reverse_kl", "accuracy", "length", "throughput"})
 
 
 def drawn(keys: Collection[str], curves: Sequence[Curve] = CURVES) -> list[Curve]:
-    """The curves of which at least one number was ever measured."""
-    return [curve for curve in curves if any(line.key in keys for line in curve.lines)]
+    """The curves of which at least one number is among `keys`, and of each only such lines."""
+    some = (replace(curve, lines=[line for line in curve.lines if line.key in keys]) for curve in curves)
+    return [curve for curve in some if curve.lines]

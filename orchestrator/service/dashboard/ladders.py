@@ -24,7 +24,7 @@ _RUNGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """T0 … T4. `standing`: given (a probe saw it), claimed, or absent."""
+    """T0 … T4. `standing`: given (a probe saw it), claimed, or lacking."""
 
     tier: str
     words: str
@@ -33,7 +33,7 @@ class Rung:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One teacher. Without a probe, `rungs` are absent and `facts` empty."""
+    """One teacher. Without a probe, `rungs` are lacking and `facts` empty."""
 
     id: str
     kind: str
@@ -97,7 +97,7 @@ def _rungs(tier: Tier | None, claimed: int) -> list[Rung]:
     def standing(rung: Tier) -> str:
         if tier is not None and rung <= tier:
             return "given"
-        return "claimed" if rung <= claimed else "absent"
+        return "claimed" if rung <= claimed else "lacking"
 
     return [Rung(tier=f"T{int(rung)}", words=words, standing=standing(rung)) for rung, words in _RUNGS.items()]
 

@@ -31,7 +31,9 @@ from orchestrator.service.store.pages import Page
 from orchestrator.service.toml import dump_toml
 from potstill.errors import ServiceError
 
-ROWS, EVENTS_SHOWN, EVENTS_A_PAGE, SAMPLES_SHOWN, LOG_LINES, TEACHERS_SHOWN = 50, 12, 200, 12, 400, 100
+ROWS, TEACHERS_SHOWN, SAMPLES_SHOWN, LOG_LINES = 50, 100, 12, 400
+EVENTS_SHOWN, EVENTS_A_PAGE, EVALUATIONS = 12, 200, 1000
+LATELY = 100  # events among which a run's last steps are
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -64,14 +66,13 @@ def runs(
 @router.get("/runs/{run_id}")
 def overview(run_id: str, view: Viewing) -> Response:
     run = view.state.store.runs.get(run_id, view.who)
-    evaluations = view.state.store.events.list(run_id, after=0, limit=1000, type="eval.finished")
-    measured = [key for key, value in run.latest.items() if value is not None]
+    evaluations = _evaluations(view, run)
     return _of_run(
         view,
         run,
         "overview.html.j2",
         figures=figures(run, evaluations, view.now),
-        curves=drawn(measured),
+        curves=drawn(_measured(view, run)),
         held_out=_held_out(evaluations),
         events=_events(view, view.state.store.events.told(run_id, limit=EVENTS_SHOWN)),
     )
@@ -157,7 +158,7 @@ def compare(view: Viewing, runs: Annotated[list[str] | None, Query(max_length=10
     names = asked_for(runs or [])
     found = [view.state.store.runs.get(name, view.who) for name in names]
     unlike, num_alike = differences([config_resource(run) for run in found])
-    measured = {key for run in found for key, value in run.latest.items() if value is not None}
+    measured = set().union(*(_measured(view, run) for run in found))
     return view.page(
         "compare.html.j2",
         rows=[row(run, view.now) for run in found],
@@ -181,14 +182,17 @@ def teachers(view: Viewing, after: Annotated[str | None, Query(max_length=100)] 
 
 
 @router.get("/submit")
-def submit(view: Viewing, recipe: Annotated[str | None, Query(max_length=63)] = None) -> Response:
+def submit(view: Viewing, recipe: Annotated[str, Query(max_length=63)] = recipes.FIRST) -> Response:
     """A form for a new run. `recipe`: which of the shipped ones is in its field."""
     return view.page(
         "submit.html.j2",
         recipes=recipes.names(),
         recipe=recipe,
-        text=recipes.text(recipe) if recipe else "",
-        teachers=[teacher.id for teacher in view.state.store.teachers.page(Page(limit=100))[0]],
+        text=recipes.text(recipe),
+        about=next(one.about for one in recipes.names() if one.name == recipe),
+        teachers=[
+            teacher.id for teacher in view.state.store.teachers.page(Page(limit=TEACHERS_SHOWN, ascending=True))[0]
+        ],
         may_write=view.may_write,
     )
 
@@ -222,7 +226,14 @@ def _of_run(view: View, run: Run, template: str, **content: Any) -> Response:
 
 
 def _evaluations(view: View, run: Run) -> list[Event]:
-    return view.state.store.events.list(run.id, after=0, limit=1000, type="eval.finished")
+    return view.state.store.events.list(run.id, after=0, limit=EVALUATIONS, type="eval.finished")
+
+
+def _measured(view: View, run: Run) -> set[str]:
+    """The numbers that one of its last steps has."""
+    first = max(0, view.state.store.events.last(run.id) - LATELY)
+    steps = view.state.store.events.list(run.id, after=first, limit=LATELY, type="metrics")
+    return {key for event in steps for key, value in event.data.items() if value is not None}
 
 
 def _held_out(evaluations: list[Event]) -> list[list[float]]:

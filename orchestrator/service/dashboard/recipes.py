@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
 
 from potstill.errors import ServiceError
@@ -11,11 +13,15 @@ from potstill.recipes import folder
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     name: str
-    about: str  # the first comment of its file
+    about: str  # the comment that its file begins with, up to what is indented in it
+
+
+FIRST = "served"  # the one that a service takes as it is
 
 
 def names() -> list[Recipe]:
-    files = sorted(folder().glob("*.toml"))
+    """FIRST first, the others by name."""
+    files = sorted(folder().glob("*.toml"), key=lambda file: (file.stem != FIRST, file.stem))
     return [Recipe(name=file.stem, about=_about(file.read_text())) for file in files]
 
 
@@ -28,5 +34,5 @@ def text(name: str) -> str:
 
 
 def _about(content: str) -> str:
-    first = content.split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    lines = itertools.takewhile(lambda line: re.match(r"# ?\S", line), content.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)

@@ -41,6 +41,8 @@ class PageRoute(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_or_say(request: Request) -> Response:
+            if request.method != "GET":  # a script asks, and reads the API's own errors
+                return await answer(request)
             try:
                 return await answer(request)
             except RequestValidationError:

@@ -1,13 +1,10 @@
 // The curves of one run, or of several on the same axes: numbers from /v1/runs/{id}/metrics, drawn by uPlot.
 import { say, send } from "/static/api.js";
 
-const box = document.getElementById("curves");
-const runs = box ? box.dataset.runs.split(",") : [];
-const alone = !("axis" in (document.querySelector("[data-axis]")?.dataset ?? {}));
 const POINTS = 5000, MARGIN = 1.08;
-const held = JSON.parse(box?.dataset.heldOut ?? "[]");
-let axis = "step", tables = [];
+const axes = document.querySelectorAll("[data-axis]"), alone = !axes.length;
 const plots = new Map();
+let box = null, axis = "step", tables = [], held = [];
 
 const FORMATS = {
   share: (value) => `${(100 * value).toFixed(1)}%`,
@@ -30,20 +27,25 @@ function runningMean(values) {
   });
 }
 
-/** What a figure draws: [{xs, ys, stroke, width, shows, points}]. `shows` is the readout that the line belongs to. */
+/** What a figure draws: [{xs, ys, stroke, width, dots, shows}]. `shows` is the readout that the line belongs to. */
 function linesOf(figure) {
-  const readouts = [...figure.querySelectorAll(".now")], smooth = "smooth" in figure.dataset, found = [];
-  const own = alone ? readouts.map((readout, at) => [tables[0], readout, at]) : tables.map((table, at) => [table, readouts[0], at]);
-  for (const [table, readout, at] of own) {
-    const xs = table.columns[axis], ys = table.columns[readout.dataset.key];
+  const readouts = [...figure.querySelectorAll(".now[data-key]")], dots = figure.querySelector(".now.dots"), found = [];
+  for (const readout of readouts) {
+    const { columns } = tables[readout.dataset.at], xs = columns[axis], ys = columns[readout.dataset.key];
     if (!xs || !ys || !ys.some((y) => y !== null)) continue;
-    const strong = colour(`--line-${at + 1}`), mean = smooth && ys.length > 40;
-    if (mean && alone) found.push({ xs, ys, stroke: `${strong}66`, width: 1, shows: readout });
-    found.push({ xs, ys: mean ? runningMean(ys) : ys, stroke: strong, width: 1.8, shows: mean && alone ? null : readout });
+    const strong = colour(`--line-${readout.dataset.line}`), smooth = ys.length > 40;
+    if (smooth && alone) found.push({ xs, ys, stroke: `${strong}59`, width: 1, shows: readout });
+    found.push({ xs, ys: smooth ? runningMean(ys) : ys, stroke: strong, width: 1.8, shows: smooth && alone ? null : readout });
   }
-  if (alone && "held" in figure.dataset && held.length)
-    found.push({ xs: held.map(([x]) => x), ys: held.map(([, y]) => y), stroke: colour("--ink"), width: 0, dots: true, shows: null });
+  if (dots) dots.hidden = !(alone && held.length);
+  if (dots && alone && held.length)
+    found.push({ xs: held.map(([x]) => x), ys: held.map(([, y]) => y), stroke: colour("--ink"), width: 0, dots: true, shows: dots });
   return found;
+}
+
+/** Whether a part of the axis was dragged out: it does not reach to an end of what there is. */
+function zoomed({ data: [xs] }, low, high) {
+  return low > xs[0] || high < xs.at(-1);
 }
 
 function scaleOf(figure) {
@@ -64,8 +66,8 @@ function optionsOf(figure, lines) {
     width: plot.clientWidth,
     height: plot.clientHeight,
     legend: { show: false },
-    padding: [6, 8, 0, 0],
-    scales: { x: { time: false }, y: { range: scaleOf(figure) } },
+    padding: [6, 16, 0, 0],
+    scales: { x: { time: false, range: (self, low, high) => (zoomed(self, low, high) ? [low, high] : [0, Math.max(high, 1)]) }, y: { range: scaleOf(figure) } },
     cursor: { sync: { key: "potstill" }, y: false, points: { size: 6 }, drag: { x: true, y: false } },
     axes: [
       { stroke: muted, font, size: 26, gap: 4, grid: { show: false }, ticks: { stroke: rule, width: 1, size: 4 }, values: (self, all) => all.map(across), space: 60 },
@@ -83,10 +85,9 @@ function optionsOf(figure, lines) {
 function readOut(figure, lines, plot) {
   const at = plot?.cursor.idx ?? null;
   lines.forEach(({ shows, ys }, number) => {
-    if (!shows || !alone) return;
-    const whole = at === null ? null : plot.data[number + 1][at];
-    const value = whole ?? (at === null ? ys.findLast((y) => y !== null) : null);
-    shows.textContent = `${shows.dataset.label} ${value === null || value === undefined ? nothing : FORMATS[shows.dataset.format](value)}`;
+    if (!shows) return;
+    const value = (at === null ? ys : plot.data[number + 1].slice(0, at + 1)).findLast((y) => y !== null && y !== undefined);
+    shows.textContent = `${shows.dataset.label} ${value === undefined ? nothing : FORMATS[shows.dataset.format](value)}`;
   });
 }
 
@@ -122,14 +123,10 @@ function drawAll() {
 }
 
 async function load() {
-  const keys = [...new Set([...box.querySelectorAll(".now")].map((one) => one.dataset.key).concat("tokens_trained", "seconds_total"))];
-  const wanted = async (run) => {
-    const there = await send("GET", `/v1/runs/${run}/metrics?max_points=10`);
-    const known = keys.filter((key) => there.keys.includes(key));
-    return send("GET", `/v1/runs/${run}/metrics?max_points=${POINTS}&keys=${known.join(",")}`);
-  };
+  const keys = new Set([...box.querySelectorAll(".now[data-key]")].map((one) => one.dataset.key).concat("tokens_trained", "seconds_total"));
+  const ask = (run) => send("GET", `/v1/runs/${run}/metrics?max_points=${POINTS}&keys=${[...keys].join(",")}`);
   try {
-    tables = await Promise.all(runs.map(wanted));
+    tables = await Promise.all(box.dataset.runs.split(",").map(ask));
     drawAll();
   } catch (error) { say(error.message, true); }
 }
@@ -142,30 +139,40 @@ function add(values) {
   return null;
 }
 
-if (box) {
-  let waiting = false;
-  const soon = () => {
-    if (waiting) return;
-    waiting = true;
-    setTimeout(() => { waiting = false; drawAll(); }, 1000);
-  };
-  document.addEventListener("run-event", ({ detail }) => {
-    if (!tables.length || !alone) return;
-    if (detail.type === "metrics") { add(detail.data); soon(); }
-    if (detail.type === "eval.finished" && detail.data.stage !== "teacher") { held.push([detail.data.step, detail.data.accuracy]); soon(); }
-  });
-  document.addEventListener("colours-changed", drawAll);
+/** The figures of the page, which may come only with the first step. */
+function begin() {
+  const found = document.getElementById("curves");
+  if (!found || found === box) return;
+  box = found;
+  held = JSON.parse(box.dataset.heldOut ?? "[]");
   new ResizeObserver(() => {
     for (const [figure, plot] of plots) {
       const { clientWidth: width, clientHeight: height } = figure.querySelector(".plot");
       if (width && width !== plot.width) plot.setSize({ width, height });
     }
   }).observe(box);
-  for (const button of document.querySelectorAll("[data-axis]"))
-    button.addEventListener("click", () => {
-      axis = button.dataset.axis;
-      for (const one of document.querySelectorAll("[data-axis]")) one.setAttribute("aria-pressed", String(one === button));
-      drawAll();
-    });
   load();
 }
+
+let waiting = false;
+
+function soon() {
+  if (waiting) return;
+  waiting = true;
+  setTimeout(() => { waiting = false; drawAll(); }, 1000);
+}
+
+document.addEventListener("run-event", ({ detail: { type, data } }) => {
+  if (!tables.length) return;
+  if (type === "metrics") { add(data); soon(); }
+  if (type === "eval.finished" && data.stage !== "teacher") { held.push([data.step, data.accuracy]); soon(); }
+});
+document.addEventListener("colours-changed", () => { if (box) drawAll(); });
+document.addEventListener("htmx:after:swap", begin);
+for (const button of axes)
+  button.addEventListener("click", () => {
+    axis = button.dataset.axis;
+    for (const one of axes) one.setAttribute("aria-pressed", String(one === button));
+    drawAll();
+  });
+begin();
