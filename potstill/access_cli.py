@@ -26,10 +26,12 @@ def register(app: typer.Typer) -> None:
 
 @one_line_errors
 def login(
-    key_file: Annotated[Path, typer.Option(help="File with the API key that only you can read; - reads stdin.")],
+    key_file: Annotated[Path, typer.Option(help="File with the API key, mode 0600; - asks, or reads stdin.")] = Path(
+        "-"
+    ),
     url: Url = None,
 ) -> None:
-    """Keep a key for a service, which it then is by default. The key is tried first."""
+    """Keep a key for a service, which then is the one by default. The key is tried first."""
     from potstill import credentials
     from potstill.client import Client
 
@@ -88,7 +90,7 @@ def open_(
 def _key_in(file: Path) -> str:
     """Raises ConfigError for a file that others can read."""
     if str(file) == "-":
-        text = sys.stdin.readline()
+        text = typer.prompt("API key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
     else:
         with file.open() as opened:
             if os.fstat(opened.fileno()).st_mode & 0o077:

@@ -6,9 +6,10 @@ A mistake of the user is one line on stderr that says what to do, never a traceb
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,20 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A run that is told to end is cancelled from within: one line and an exit code of its own."""
+    import asyncio
+
+    try:
+        yield
+    except asyncio.CancelledError:
+        typer.echo("potstill: stopped", err=True)
+        raise typer.Exit(CANCELLED) from None
+
+
 @app.command()
+@ended_by_sigterm()
 def run(
     config: Config,
     overrides: Overrides = None,
@@ -103,6 +117,7 @@ def methods(
 
 
 @app.command()
+@ended_by_sigterm()
 def quickstart(
     recipe: Annotated[
         str,
@@ -168,6 +183,3 @@ def main() -> None:
     except PotstillError as error:
         typer.echo(f"potstill: {error}", err=True)
         sys.exit(error.exit_code)
-    except asyncio.CancelledError:
-        typer.echo("potstill: stopped", err=True)
-        sys.exit(CANCELLED)

@@ -35,6 +35,8 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         except PotstillError as error:
             say(f"potstill: {_described(error)}")
             raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # of `potstill events … | head`: typer ends it without a word
+            raise
         except OSError as error:  # a file of this machine: the client turns the network's into a ServiceError
             say(f"potstill: {error.filename or 'this machine'}: {error.strerror}")
             raise typer.Exit(ConfigError.exit_code) from None

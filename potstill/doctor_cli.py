@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from potstill.console import AsJson, one_line_errors, show, show_json
-from potstill.doctor import Finding, examine
+from potstill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from potstill.doctor import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +30,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check what this machine has for potstill, and the service on it. Exit 1 when something must be mended."""
-    from potstill.errors import ConfigError
+    from potstill.doctor import examine
 
     findings = [] if security else examine()
     try:

@@ -6,7 +6,6 @@ Imports nothing heavy before a command runs.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 from pathlib import Path
@@ -52,6 +51,8 @@ def probe(
 
     A teacher of kind openai writes two short answers, which cost a few tokens.
     """
+    import asyncio
+
     from potstill.config_file import load
     from potstill.probing import asking
 

@@ -10,7 +10,7 @@ import contextlib
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import IO, Any, Self, TypeVar
 
 import httpx2
@@ -84,8 +84,8 @@ class SyncDriver:
                     return result
                 answer = self._take(step)
 
-    def iterate(self, flow: Flow[T]) -> Iterator[T]:
-        """What a flow gives, when it gives it."""
+    def iterate(self, flow: Flow[T]) -> Generator[T]:
+        """What a flow gives, when it gives it. Closed early, it closes its stream."""
         with contextlib.closing(flow), contextlib.ExitStack() as stream:
             messages: Iterator[httpx2.ServerSentEvent] = iter(())
             answer: Any = None
@@ -196,8 +196,8 @@ class AsyncDriver:
                     return result
                 answer = await self._take(step)
 
-    async def iterate(self, flow: Flow[T]) -> AsyncIterator[T]:
-        """What a flow gives, when it gives it."""
+    async def iterate(self, flow: Flow[T]) -> AsyncGenerator[T]:
+        """What a flow gives, when it gives it. Closed early, it closes its stream."""
         with contextlib.closing(flow):
             async with contextlib.AsyncExitStack() as stream:
                 messages: AsyncIterator[httpx2.ServerSentEvent] = _none()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
 from potstill.client import checkpoints, files, keys, results, runs, service, teachers
@@ -49,9 +49,9 @@ class Tale(Generic[P, T]):
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, client: SyncDriver, owner: type) -> Callable[P, Iterator[T]]: ...
+    def __get__(self, client: SyncDriver, owner: type) -> Callable[P, Generator[T]]: ...
     @overload
-    def __get__(self, client: AsyncDriver, owner: type) -> Callable[P, AsyncIterator[T]]: ...
+    def __get__(self, client: AsyncDriver, owner: type) -> Callable[P, AsyncGenerator[T]]: ...
     def __get__(self, client: SyncDriver | AsyncDriver | None, owner: type) -> Any:
         if client is None:
             return self._describe

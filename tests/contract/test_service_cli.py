@@ -129,7 +129,9 @@ def test_what_is_said_of_a_run_is_shown_and_listed(command: Command, config: Pat
     assert all(word in shown for word in ("team = red", "the second try", "sft of none"))
     assert [run["id"] for run in read(command("list", "--meta", "team=red", "--json"))["data"]] == ["said"]
     assert read(command("list", "--status", "paused", "--json"))["data"] == []
-    assert read(command("list", "--since", made["created_at"], "--limit", "1", "--json"))["data"] == []
+    for since, found in (("2020-01-01T00:00:00Z", ["said"]), ("2120-01-01T00:00:00Z", [])):
+        listed = read(command("list", "--since", since, "--meta", "team=red", "--json"))["data"]
+        assert [run["id"] for run in listed] == found
     refused(command("submit", config, "--meta", "team"), 2, "--meta team", "name=value")
 
 
@@ -173,7 +175,7 @@ def test_a_model_that_is_a_folder_here_is_refused_with_the_fix(
     monkeypatch.chdir(tmp_path)
     line = refused(command("submit", config, "name=path", f"student.model={name}"), 2, "student.model", "--models root")
     assert name in line
-    assert "none" in read(command("submit", config, "name=known-there", "--json"))["student"]
+    assert read(command("submit", config, "--dry-run", "--json"))["config"]["student"]["model"] == "none"
 
 
 def test_a_dry_run_shows_config_and_plan_and_makes_no_run(service: Service, command: Command, config: Path):
@@ -440,7 +442,6 @@ def test_a_key_that_the_service_does_not_know_is_not_kept(command: Command, tmp_
 def test_the_dashboards_address_is_printed(service: Service, command: Command):
     assert done(command("open")) == f"{service.url}/\n"
     assert done(command("open", "my-run", "--no-browser")) == f"{service.url}/runs/my-run\n"
-    assert "open the address in one" in command("open", BROWSER="false").stderr
 
 
 @pytest.mark.parametrize(
