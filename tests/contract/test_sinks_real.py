@@ -161,7 +161,7 @@ def test_wandb_offline_has_every_step_and_a_resumed_run_is_the_same_run(tmp_path
 def test_wandb_with_a_server_that_lets_nobody_in_is_an_event_without_the_key(tmp_path: Path):
     with refusing_server() as (url, seen):
         sinks = made("wandb", sys.executable, wandb_settings(mode="online", url=url), secret=KEY)
-        folder = tell(tmp_path, sinks, first_part, close_s=10.0)
+        folder = tell(tmp_path, sinks, first_part, close_s=CLOSE_S)
     assert seen
     assert "error 401" in troubles(folder)[0]
     assert len(list(read_jsonl(folder / "metrics.jsonl"))) == 2
@@ -174,7 +174,7 @@ def test_wandb_with_a_server_that_never_answers_holds_nothing_up_and_leaves_no_p
         sinks = made("wandb", sys.executable, wandb_settings(mode="online", url=url), secret=KEY)
         started = time.monotonic()
         folder = tell(tmp_path, sinks, first_part, close_s=5.0)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         assert "not done when the time for it was over" in troubles(folder)[0]
         wait_until(lambda: processes_at_home_in(folder) == [])
     assert holding(folder, KEY) == []
@@ -212,7 +212,7 @@ def test_mlflow_shows_its_token_to_its_server_alone(tmp_path: Path):
     with refusing_server() as (url, seen):
         settings = {"tracking_uri": url, "experiment": "e"}
         sinks = made("mlflow", python_with("mlflow-skinny"), settings, secret=CANARY)
-        folder = tell(tmp_path, sinks, first_part, close_s=20.0)
+        folder = tell(tmp_path, sinks, first_part, close_s=CLOSE_S)
     assert f"Bearer {CANARY}" in seen
     assert "401" in troubles(folder)[0]
     assert len(list(read_jsonl(folder / "metrics.jsonl"))) == 2
