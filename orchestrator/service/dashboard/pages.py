@@ -16,7 +16,7 @@ from orchestrator import heatmap, timeline
 from orchestrator.service import manifests, run_logs
 from orchestrator.service.dashboard import recipes
 from orchestrator.service.dashboard.checkpoints import entry
-from orchestrator.service.dashboard.comparison import MOST, asked_for, differences
+from orchestrator.service.dashboard.comparison import MOST, asked_for, columns, differences
 from orchestrator.service.dashboard.curves import COMPARED, drawn
 from orchestrator.service.dashboard.heading import figures, heading
 from orchestrator.service.dashboard.ladders import card
@@ -49,7 +49,7 @@ def runs(
     if show not in GROUPS:
         raise ServiceError(f"the filters are {', '.join(GROUPS)}", 400, "bad_filter")
     found, more = view.state.store.runs.page(
-        view.who, Page(limit=ROWS, after=after), states=GROUPS[show], named=named.strip()
+        view.who, Page(limit=ROWS, after=after or None), states=GROUPS[show], named=named.strip()
     )
     return view.page(
         "runs.html.j2",
@@ -162,7 +162,7 @@ def compare(view: Viewing, runs: Annotated[list[str] | None, Query(max_length=10
     return view.page(
         "compare.html.j2",
         rows=[row(run, view.now) for run in found],
-        figures=[figures(run, _evaluations(view, run), view.now) for run in found],
+        columns=columns([figures(run, _evaluations(view, run), view.now) for run in found]),
         differences=unlike,
         num_alike=num_alike,
         curves=drawn(measured, COMPARED),

@@ -21,7 +21,7 @@ export async function send(method, address, body, headers = {}) {
 function sentence(error, status) {
   if (!error) return `The service answered with status ${status}.`;
   const lines = error.details?.length ? error.details.map(({ loc, message }) => lineOf(loc, message)) : [error.message];
-  return lines.map((line) => line.charAt(0).toUpperCase() + line.slice(1)).join("\n");
+  return lines.map((line) => (/^[\w.]+: /.test(line) ? line : line.charAt(0).toUpperCase() + line.slice(1))).join("\n");
 }
 
 function lineOf(loc, message) {
