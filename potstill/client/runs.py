@@ -105,7 +105,7 @@ def update_run(
             body=_remarks(priority, metadata, notes),
             headers={"If-Match": seen},
             reads=as_object,
-            repeatable=False,
+            repeatable=etag is None,
         )
         answer: Reply = yield Ask(change)
         if answer.status != 412 or etag is not None or tries_left == 0:

@@ -6,8 +6,8 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.launchers import ProcessLauncher
 from tests.run_folders import FILES, make_checkpoint, make_samples
 from tests.service_configs import submitted
 from tests.services import RUN, Service, serving, until
+from tests.terminals import on_a_terminal
 
 Command = Callable[..., Result]
 
@@ -471,7 +472,12 @@ def test_no_command_takes_a_key_as_an_argument(cli: typer.Typer):
     assert not options & {"--key", "--api-key", "--token", "--secret", "--password"}
 
 
-def test_plain_output_has_no_escape_and_a_terminal_gets_a_table(command: Command, service: Service):
-    finished(service, "plain")
-    assert "\x1b" not in done(command("list"))
-    assert os.environ.get("FORCE_COLOR") is None
+def test_on_a_terminal_a_waiter_sees_the_runs_panel(service: Service, config: Path):
+    env = {"POTSTILL_URL": service.url, "POTSTILL_API_KEY": service.key}
+    for seed, code in ((0, 0), (1, 1)):
+        arguments = ["submit", str(config), f"name=panel-{seed}", f"seed={seed}", "--wait"]
+        found, painted = on_a_terminal([sys.executable, "-m", "potstill", *arguments], env)
+        assert found == code
+        assert f"panel-{seed}" in painted
+        assert "3/3" in painted
+        assert f"panel-{seed} is {'failed' if code else 'succeeded'}" in painted
