@@ -34,8 +34,9 @@ from potstill.client.steps import (
     Save,
     Send,
     Step,
+    advance,
 )
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, ServiceError
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -78,7 +79,7 @@ class SyncDriver:
             answer: Any = None
             while True:
                 try:
-                    step = program.send(answer)
+                    step = advance(program, answer)
                 except StopIteration as done:
                     result: R = done.value
                     return result
@@ -91,7 +92,7 @@ class SyncDriver:
             answer: Any = None
             while True:
                 try:
-                    step = flow.send(answer)
+                    step = advance(flow, answer)
                 except StopIteration:
                     return
                 if isinstance(step, Give):
@@ -106,18 +107,22 @@ class SyncDriver:
                     answer = self._take(step)
 
     def _take(self, step: Step) -> Any:
-        match step:
-            case Ask(call):
-                return self.do(attempts(call, self._patience))
-            case Send(call):
-                return self._send(call)
-            case Save():
-                return self._save(step)
-            case Aside(work):
-                return work()
-            case Pause(seconds):
-                time.sleep(seconds)
-                return None
+        """Do it. A ServiceError is an answer: the program may know what to do."""
+        try:
+            match step:
+                case Ask(call):
+                    return self.do(attempts(call, self._patience))
+                case Send(call):
+                    return self._send(call)
+                case Save():
+                    return self._save(step)
+                case Aside(work):
+                    return work()
+                case Pause(seconds):
+                    time.sleep(seconds)
+                    return None
+        except ServiceError as error:
+            return error
 
     def _send(self, call: Call[Any]) -> Reply | Lost:
         with contextlib.ExitStack() as held:
@@ -190,7 +195,7 @@ class AsyncDriver:
             answer: Any = None
             while True:
                 try:
-                    step = program.send(answer)
+                    step = advance(program, answer)
                 except StopIteration as done:
                     result: R = done.value
                     return result
@@ -204,7 +209,7 @@ class AsyncDriver:
                 answer: Any = None
                 while True:
                     try:
-                        step = flow.send(answer)
+                        step = advance(flow, answer)
                     except StopIteration:
                         return
                     if isinstance(step, Give):
@@ -219,17 +224,21 @@ class AsyncDriver:
                         answer = await self._take(step)
 
     async def _take(self, step: Step) -> Any:
-        match step:
-            case Ask(call):
-                return await self.do(attempts(call, self._patience))
-            case Send(call):
-                return await self._send(call)
-            case Save():
-                return await self._save(step)
-            case Aside(work):
-                return await asyncio.to_thread(work)
-            case Pause(seconds):
-                return await asyncio.sleep(seconds)
+        """Do it. A ServiceError is an answer: the program may know what to do."""
+        try:
+            match step:
+                case Ask(call):
+                    return await self.do(attempts(call, self._patience))
+                case Send(call):
+                    return await self._send(call)
+                case Save():
+                    return await self._save(step)
+                case Aside(work):
+                    return await asyncio.to_thread(work)
+                case Pause(seconds):
+                    return await asyncio.sleep(seconds)
+        except ServiceError as error:
+            return error
 
     async def _send(self, call: Call[Any]) -> Reply | Lost:
         with contextlib.ExitStack() as held:

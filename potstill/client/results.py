@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from potstill.client.answers import as_bytes, as_object, as_text, ask, path, read, refusal
-from potstill.client.patience import Patience, unreachable
+from potstill.client.answers import Refused, as_bytes, as_object, as_text, ask, path, refusal
+from potstill.client.following import FOLLOWING, enduring, is_away
+from potstill.client.patience import unreachable
 from potstill.client.resources import FINAL, Event, Metrics, Page, Samples
 from potstill.client.runs import POLL_S, get_run
-from potstill.client.steps import Ask, Call, Flow, Give, Hear, Listen, Lost, Message, Pause, Reply, Step
+from potstill.client.steps import Call, Flow, Give, Hear, Listen, Lost, Message, Parameter, Pause, Reply, Step
+from potstill.errors import ServiceError
 
 STREAM = "text/event-stream"
 SILENCE_S = 45.0  # three of the service's keep-alives
-FOLLOWING = Patience(tries=15, first_s=0.25, longest_s=10.0)  # a service that restarts is back within two minutes
-_NO_STREAM = frozenset({406, 429, 503})
+_NO_STREAM = frozenset({406, 429})  # of these it has too many, or none for this client
 
-Followed = Generator[Step | Listen | Hear | Give[Event], Any, tuple[bool, int]]
+R = TypeVar("R")
+Told: TypeAlias = Generator[Step | Listen | Hear | Give[Event], Any, R]
 
 
 def list_events(
@@ -32,60 +35,75 @@ def events(run_id: str, *, after: int = 0, level: str | None = None, type: str |
     """Every event with seq > after, as it happens, until the run ends; each exactly once and in order.
 
     A broken stream is resumed behind the last event; where no stream can be had, pages are read instead. Raises
-    Refused, and ServiceError (unreachable) when the service stays away for about two minutes.
+    Refused, and ServiceError (unreachable) when the service stays away for a minute or two.
     """
 
     def wanted(event: Event) -> bool:
         return level in {None, event["level"]} and type in {None, event["type"]}
 
-    failures, ended = 0, False
-    while not ended:
-        pause_s = POLL_S
-        outcome: Reply | Lost = yield Listen(_stream(run_id, after))
-        if isinstance(outcome, Lost):
-            failures += 1
-            if failures == FOLLOWING.tries:
-                raise unreachable(outcome)
-            pause_s = FOLLOWING.pause(failures)
-        elif _is_stream(outcome):
-            failures, pause_s = 0, FOLLOWING.pause(1)
-            ended, after = yield from _hear(after, wanted)
-            if ended:  # a follower that was too slow may have missed the last ones
-                ended, after = yield from _read_on(run_id, after, wanted)
-        elif outcome.good or outcome.status in _NO_STREAM:
+    reader, failures = _Reader(run_id, after, wanted), 0
+    while True:
+        try:
+            pause_s = yield from reader.listen()
             failures = 0
-            ended, after = yield from _read_on(run_id, after, wanted)
-        else:
+        except ServiceError as error:
+            failures += 1
+            if failures == FOLLOWING.tries or not is_away(error):
+                raise
+            pause_s = FOLLOWING.pause(failures)
+        if pause_s is None:
+            return
+        yield Pause(pause_s)
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Where a follower is: behind the event `after`, which stays true however a connection ends."""
+
+    run_id: str
+    after: int
+    wanted: Callable[[Event], bool]
+
+    def listen(self) -> Told[float | None]:
+        """One connection. Returns for how long to wait before the next, None at the run's end. Raises ServiceError."""
+        outcome: Reply | Lost = yield Listen(_stream(self.run_id, self.after))
+        if isinstance(outcome, Lost):
+            raise unreachable(outcome)
+        if _is_stream(outcome):
+            ended = yield from self._hear()
+            if not ended:
+                return FOLLOWING.pause(1)
+        elif not outcome.good and outcome.status not in _NO_STREAM:
             raise refusal(outcome)
-        if not ended:
-            yield Pause(pause_s)
+        ended = yield from self._read_on()  # after a stream too: one that was too slow has not told everything
+        return None if ended else POLL_S
 
+    def _hear(self) -> Told[bool]:
+        """What a stream tells. Returns whether it told the run's end."""
+        while isinstance(message := (yield Hear()), Message):
+            if message.event == "end":
+                return True
+            if message.event == "run.event":  # a newer service may say more between events
+                event: Event = json.loads(message.data)
+                yield from self._tell(event)
+        return False
 
-def _hear(after: int, wanted: Callable[[Event], bool]) -> Followed:
-    """What one connection tells. Returns whether it told the run's end, and the last event's number."""
-    while isinstance(message := (yield Hear()), Message):
-        if message.event == "end":
-            return True, after
-        event = _event_in(message)
-        if event is not None and event["seq"] > after:
-            after = event["seq"]
-            if wanted(event):
+    def _read_on(self) -> Told[bool]:
+        """What is there by now, in pages. Returns whether the run is at its end."""
+        run = yield from ask(get_run(self.run_id))  # before the events: those of a run at its end are all there
+        more = True
+        while more:
+            page = yield from ask(list_events(self.run_id, after=self.after, limit=1000))
+            for event in page["data"]:
+                yield from self._tell(event)
+            more = page["has_more"]
+        return run["status"] in FINAL
+
+    def _tell(self, event: Event) -> Told[None]:
+        if event["seq"] > self.after:
+            self.after = event["seq"]
+            if self.wanted(event):
                 yield Give(event)
-    return False, after
-
-
-def _read_on(run_id: str, after: int, wanted: Callable[[Event], bool]) -> Followed:
-    """What is there by now, in pages. Returns the same."""
-    run = yield from ask(get_run(run_id))  # before the events: those of a run at its end are all there
-    more = True
-    while more:
-        page = yield from ask(list_events(run_id, after=after, limit=1000))
-        for event in page["data"]:
-            after = event["seq"]
-            if wanted(event):
-                yield Give(event)
-        more = page["has_more"]
-    return run["status"] in FINAL, after
 
 
 def _stream(run_id: str, after: int) -> Call[None]:
@@ -101,14 +119,6 @@ def _stream(run_id: str, after: int) -> Call[None]:
 
 def _is_stream(reply: Reply) -> bool:
     return reply.good and reply.headers.get("content-type", "").partition(";")[0].strip() == STREAM
-
-
-def _event_in(message: Message) -> Event | None:
-    """None for what a newer service may say between events."""
-    if message.event != "run.event":
-        return None
-    event: Event = json.loads(message.data)
-    return event
 
 
 def get_metrics(
@@ -145,24 +155,32 @@ def get_logs(
     run_id: str, *, role: str | None = None, rank: int | None = None, tail: int | None = None, offset: int | None = None
 ) -> Call[str]:
     """What one of a run's processes wrote. `tail`: the last lines only; `offset`: from this byte on."""
-    params = {"role": role, "rank": rank, "tail": tail, "offset": offset}
-    return Call(method="GET", path=path("v1", "runs", run_id, "logs"), params=params, reads=as_text)
+    return _log(run_id, {"role": role, "rank": rank, "tail": tail, "offset": offset}, as_text)
 
 
 def follow_logs(run_id: str, *, role: str | None = None, rank: int | None = None, tail: int | None = None) -> Flow[str]:
     """The same as it grows, until the run ends. A log that is not there yet is waited for."""
     offset: int | None = None
     while True:
-        run = yield from ask(get_run(run_id))
-        wanted = get_logs(run_id, role=role, rank=rank, tail=tail if offset is None else None, offset=offset)
-        reply: Reply = yield Ask(wanted)
-        if reply.status == 404 and offset is None and run["status"] not in FINAL:
-            yield Pause(POLL_S)
-            continue
-        text = read(wanted, reply)
-        offset = int(reply.headers["x-next-offset"])
+        run = yield from enduring(get_run(run_id))
+        params = {"role": role, "rank": rank, "tail": tail if offset is None else None, "offset": offset}
+        try:
+            text, offset = yield from enduring(_log(run_id, params, _piece))
+        except Refused as refused:
+            if refused.status != 404 or offset is not None or run["status"] in FINAL:
+                raise
+            text = ""
         if text:
             yield Give(text)
         elif run["status"] in FINAL:
             return
         yield Pause(POLL_S)
+
+
+def _log(run_id: str, params: Mapping[str, Parameter], reads: Callable[[Reply], R]) -> Call[R]:
+    return Call(method="GET", path=path("v1", "runs", run_id, "logs"), params=params, reads=reads)
+
+
+def _piece(reply: Reply) -> tuple[str, int]:
+    """Some text of a log, and where it goes on."""
+    return as_text(reply), int(reply.headers["x-next-offset"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from potstill.client.answers import as_nothing, as_object, as_text, ask, path, read
+from potstill.client.following import enduring
 from potstill.client.resources import FINAL, Page, Plan, Run
 from potstill.client.steps import Ask, Call, Flow, Give, Pause, Program, Reply
 
@@ -176,9 +177,9 @@ def config_text(run_id: str, *, format: Literal["json", "toml", "yaml"] = "toml"
 
 
 def wait(run_id: str, *, poll_s: float = POLL_S) -> Program[Run]:
-    """The run, once it is in a final state. One that is paused is waited for."""
+    """The run, once it is in a final state. One that is paused is waited for, and so is a service that restarts."""
     while True:
-        run = yield from ask(get_run(run_id))
+        run = yield from enduring(get_run(run_id))
         if run["status"] in FINAL:
             return run
         yield Pause(poll_s)
@@ -188,7 +189,7 @@ def watch(run_id: str, *, poll_s: float = POLL_S) -> Flow[Run]:
     """The run as it is now, and again whenever its status, attempt or step is another, to its final state."""
     shown: tuple[Any, ...] = ()
     while True:
-        run = yield from ask(get_run(run_id))
+        run = yield from enduring(get_run(run_id))
         state = (run["status"], run["attempt"], run["progress"]["step"])
         if state != shown:
             yield Give(run)

@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
+from potstill.errors import ServiceError
+
 R = TypeVar("R")
+S = TypeVar("S")
 T = TypeVar("T")
 
 Parameter: TypeAlias = str | int | float | bool | list[str] | None
@@ -134,3 +137,11 @@ class Give(Generic[T]):
 Step: TypeAlias = Ask | Send | Save | Pause | Aside
 Program: TypeAlias = Generator[Step, Any, R]
 Flow: TypeAlias = Generator[Step | Listen | Hear | Give[T], Any, None]
+
+
+def advance(program: Generator[S, Any, R], answer: Any) -> S:
+    """The program's next step, after the answer to its last; None at the beginning. Raises StopIteration at its end.
+
+    A ServiceError is raised where the program waits, which may catch it.
+    """
+    return program.throw(answer) if isinstance(answer, ServiceError) else program.send(answer)

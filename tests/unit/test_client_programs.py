@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from potstill.client import Refused
-from potstill.client.answers import as_object, path
+from potstill.client.answers import as_object, ask, path
+from potstill.client.following import FOLLOWING
 from potstill.client.patience import Patience, attempts
-from potstill.client.results import FOLLOWING, events, follow_logs
-from potstill.client.runs import create_run, delete_run, edit_run, get_run, resume_run, wait, watch
-from potstill.client.steps import Ask, Give, Hear, Listen, Lost, Message, Pause, Reply, Send
+from potstill.client.results import events, follow_logs
+from potstill.client.runs import create_run, delete_run, get_run, resume_run, update_run, wait, watch
+from potstill.client.steps import Ask, Give, Hear, Listen, Lost, Message, Pause, Reply, Send, advance
 from potstill.errors import ConfigError, ServiceError
 
 PATIENCE = Patience(tries=3, first_s=1.0, longest_s=8.0, draw=lambda: 0.0)
@@ -39,7 +40,7 @@ def drive(program: Generator[Any, Any, Any], answers: list[Any]) -> tuple[list[A
     left = list(answers)
     while True:
         try:
-            step = program.send(given)
+            step = advance(program, given)
         except StopIteration as done:
             assert not left, f"never asked for: {left}"
             return steps, done.value
@@ -155,7 +156,7 @@ def test_a_refusal_carries_the_services_words_and_survives_pickling():
 
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b'{"error": "no"}', b'{"error": {"code": 1}}', b"\xff"])
 def test_a_strangers_refusal_is_its_bare_status(content: bytes):
-    program = wait("a")
+    program = ask(get_run("a"))
     next(program)
     with pytest.raises(Refused, match="HTTP 502, and not in a potstill service's words") as raised:
         program.send(Reply(status=502, headers={}, content=content))
@@ -207,7 +208,7 @@ def test_watching_tells_only_what_is_new():
 
 
 def test_an_edit_is_of_the_run_as_it_is_now_and_made_again_when_another_came_between():
-    program = edit_run("a", notes="mine")
+    program = update_run("a", notes="mine")
     answers = [
         reply(body=run("running"), etag='"r1"'),
         refusal(412, "old"),
@@ -222,7 +223,7 @@ def test_an_edit_is_of_the_run_as_it_is_now_and_made_again_when_another_came_bet
 
 def test_an_edit_of_a_run_as_it_was_read_is_refused_when_it_has_changed():
     with pytest.raises(Refused, match="no: old"):
-        drive(edit_run("a", priority=3, etag='"r1"'), [refusal(412, "old")])
+        drive(update_run("a", priority=3, etag='"r1"'), [refusal(412, "old")])
 
 
 def stream() -> Reply:
@@ -251,7 +252,7 @@ def test_what_a_slow_follower_has_missed_before_the_end_is_read_in_pages():
     assert [item["seq"] for item in items(steps)] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("status", [406, 429, 503])
+@pytest.mark.parametrize("status", [406, 429])
 def test_pages_are_read_where_no_stream_can_be_had(status: int):
     no = refusal(status, "no_stream")
     answers = [no, reply(body=run("running")), page(1, 2), no, reply(body=run("failed")), page(3)]
@@ -287,9 +288,35 @@ def test_a_follower_is_refused_as_anybody_else_and_does_not_wait_for_ever():
         drive(events("a"), [refusal(404, "run_not_found")])
     with pytest.raises(ServiceError, match="does not answer"):
         drive(events("a"), [AWAY] * FOLLOWING.tries)
+    with pytest.raises(Refused, match="no: draining"):
+        drive(events("a"), [refusal(503, "draining")] * FOLLOWING.tries)
     restarts = [AWAY] * (FOLLOWING.tries - 1) + [stream(), None]
     steps, _ = drive(events("a"), [*restarts, *restarts, stream(), END, reply(body=run("failed")), page()])
     assert sum(isinstance(step, Hear) for step in steps) == 3
+    assert 50 < sum(FOLLOWING.pause(failures) for failures in range(1, FOLLOWING.tries)) < 150
+
+
+def test_a_service_that_restarts_while_the_last_events_are_read_costs_none_of_them():
+    gone = ServiceError("away", None, "unreachable")
+    answers = [stream(), told(1), END, reply(body=run("failed")), page(2, more=True), gone, AWAY, refusal(502, "proxy")]
+    answers += [stream(), told(3), END, gone, stream(), END, reply(body=run("failed")), page()]
+    steps, _ = drive(events("a"), answers)
+    assert [item["seq"] for item in items(steps)] == [1, 2, 3]
+    resumed = [step.call.headers["Last-Event-ID"] for step in steps if isinstance(step, Listen)]
+    assert resumed == ["0", "2", "2", "2", "3"]
+
+
+@pytest.mark.parametrize("waiting", [wait, watch])
+def test_whoever_waits_for_a_run_outlasts_a_restart_of_the_service(waiting: Any):
+    gone = ServiceError("away", None, "unreachable")
+    steps, _ = drive(
+        waiting("a"), [reply(body=run("running")), gone, refusal(503, "draining"), reply(body=run("failed"))]
+    )
+    assert len(waits(steps)) == 3
+    with pytest.raises(ServiceError, match="away"):
+        drive(waiting("a"), [gone] * FOLLOWING.tries)
+    with pytest.raises(Refused, match="no: run_not_found"):
+        drive(waiting("a"), [refusal(404, "run_not_found")])
 
 
 def test_logs_are_followed_from_where_they_ended():
