@@ -13,7 +13,7 @@ import ipaddress
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from orchestrator.service.store.glance import Glance, sqlite_file
 from potstill.doctor import Finding
 from potstill.errors import ConfigError, ServiceError
 
-RAYS_PORTS = {8265: "dashboard", 6379: "GCS", 10001: "client server"}
+EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 STRANGER = "rebound.example"  # a name that no service is called by
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 SERVICE_SECRET = ".service-secret"  # noqa: S105 - the name of a file
@@ -35,7 +35,7 @@ def examine(place: Place) -> list[Finding]:
     return [
         _bind(place),
         _host_names(place),
-        *_ray(),
+        *of_ray(listeners()),
         *_variables(),
         *_files(place),
     ]
@@ -43,7 +43,7 @@ def examine(place: Place) -> list[Finding]:
 
 def _bind(place: Place) -> Finding:
     """What listens at the port, and whether there are keys for whoever reaches it."""
-    open_to = [address for address in _listening().get(place.port, []) if not _is_loopback(address)]
+    open_to = [address for address in listeners().get(place.port, []) if not _is_loopback(address)]
     if not _is_loopback(place.host) and place.host not in open_to:
         open_to.append(place.host)
     if not open_to:
@@ -69,17 +69,16 @@ def _host_names(place: Place) -> Finding:
         answer = httpx2.get(f"{place.url}/version", headers={"Host": STRANGER}, trust_env=False, timeout=PATIENCE_S)
     except httpx2.RequestError:
         return Finding(what="host names", found="no service runs that could be asked", ok=True)
-    found = f"HTTP {answer.status_code} to a stranger's name"
     return Finding(
         what="host names",
-        found=found,
+        found=f"HTTP {answer.status_code} to a stranger's name",
         ok=not answer.is_success,
-        advice="that is no potstill, or a proxy "
-        "rewrites Host: have it pass the name on, and allow that with --allow-host",
+        advice="no potstill answers there, or a proxy rewrites Host: have it pass the name on, and --allow-host that",
     )
 
 
-def _ray() -> Iterator[Finding]:
+def of_ray(listening: Mapping[int, Sequence[str]]) -> Iterator[Finding]:
+    """`listening`: addresses by port, as `listeners` finds them."""
     named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE")
     yield Finding(
@@ -88,16 +87,22 @@ def _ray() -> Iterator[Finding]:
         ok=mode == "token" if named or mode else True,
         advice="whoever reaches the cluster runs code on it: set RAY_AUTH_MODE=token, there and here",
     )
-    listening = _listening()
-    for port, name in RAYS_PORTS.items():
-        open_to = [address for address in listening.get(port, []) if not _is_loopback(address)]
-        if listening.get(port):
-            yield Finding(
-                what=f"ray {name}",
-                found=f"port {port} on {', '.join(open_to) or 'loopback'}",
-                ok=not open_to,
-                advice="bind it to loopback or a private network (ray start --dashboard-host, --node-ip-address)",
-            )
+    yield from _rays_port("dashboard", 8265, listening, _is_loopback)
+    for name, port in (("GCS", 6379), ("client server", 10001)):  # of the other machines of a cluster too
+        yield from _rays_port(name, port, listening, lambda address: address not in EVERYWHERE)
+
+
+def _rays_port(
+    name: str, port: int, listening: Mapping[int, Sequence[str]], is_closed: Callable[[str], bool]
+) -> Iterator[Finding]:
+    addresses = listening.get(port, ())
+    if addresses:
+        yield Finding(
+            what=f"ray {name}",
+            found=f"port {port} on {', '.join(addresses)}",
+            ok=all(map(is_closed, addresses)),
+            advice="ray start --dashboard-host=127.0.0.1, and --node-ip-address of a private network",
+        )
 
 
 def _variables() -> Iterator[Finding]:
@@ -151,7 +156,7 @@ def _closed(what: str, path: Path, to: int) -> Finding:
     return Finding(what=what, found=f"mode {mode:04o}", ok=not mode & to and mine, advice=advice)
 
 
-def _listening() -> dict[int, list[str]]:
+def listeners() -> dict[int, list[str]]:
     """Addresses that somebody on this machine listens at, by port."""
     found: dict[int, list[str]] = {}
     for connection in psutil.net_connections(kind="tcp"):

@@ -125,8 +125,10 @@ def test_nothing_can_be_written_through_a_look(place: Place):
     with stored(place):
         pass
     glance = checkup.Glance(place.database)
-    with pytest.raises(ServiceError), glance.writing() as db:
+    with pytest.raises(ServiceError), glance.reading() as db:
         db.exec_driver_sql("DELETE FROM keys")
+    with pytest.raises(AssertionError, match="only reads"), glance.writing():
+        pass
     glance.close()
 
 
@@ -195,6 +197,23 @@ def test_a_variable_that_opens_a_door_is_found(
     assert set(to_mend(hardening.examine(place))) == {what}
     monkeypatch.setenv(name, "0")
     assert to_mend(hardening.examine(place)) == {}
+
+
+@pytest.mark.parametrize(
+    ("port", "address", "closed"),
+    [
+        (8265, "127.0.0.1", True),
+        (8265, "10.0.0.7", False),
+        (8265, "0.0.0.0", False),  # noqa: S104 - read, not bound
+        (6379, "10.0.0.7", True),
+        (10001, "::", False),
+    ],
+)
+def test_rays_dashboard_is_on_loopback_and_none_of_its_ports_everywhere(port: int, address: str, closed: bool):
+    findings = hardening.of_ray({port: [address]})
+    (finding,) = (finding for finding in findings if str(port) in finding.found)
+    assert finding.ok is closed
+    assert address in finding.found
 
 
 def test_files_that_others_can_read_are_found_and_the_fix_is_a_command(place: Place, tmp_path: Path):

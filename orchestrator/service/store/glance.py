@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import NoReturn
 
 import sqlalchemy as sa
 from alembic.runtime.migration import MigrationContext
@@ -35,6 +36,9 @@ class Glance(Database):
                 self.revision = MigrationContext.configure(db).get_current_revision()
         except (ArgumentError, DBAPIError, OSError, ModuleNotFoundError):
             raise ConfigError("the database cannot be opened: check --database and what it names") from None
+
+    def writing(self) -> NoReturn:
+        raise AssertionError("a glance only reads")
 
     @property
     def is_current(self) -> bool:
