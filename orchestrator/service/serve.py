@@ -15,9 +15,10 @@ import fcntl
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -85,7 +86,7 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
         app = create_app(state, hosts=[*options.allowed_hosts, options.host], measures=measures)
         say(f"potstill serves at {url}")
         try:
-            with measures.served(options.admin_port):
+            with measures.served(options.admin_port), _until_asked():
                 config = uvicorn.Config(
                     app,
                     log_config=None,
@@ -97,6 +98,18 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
                 uvicorn.Server(config).run(sockets=[listening])
         finally:
             _end(store, head, lock, options, say)
+
+
+@contextlib.contextmanager
+def _until_asked() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: uvicorn sends itself again, once it has stopped, what it was sent."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compose(

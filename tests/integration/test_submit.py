@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,3 +107,20 @@ def test_a_restarted_service_adopts_the_head_and_its_token_is_in_no_file(head: L
     assert head.cluster.token not in record.read_text()
     told = [path for path in Path(head.temp).rglob("*.log") if head.cluster.token in path.read_text(errors="replace")]
     assert told == []
+
+
+def test_a_service_that_is_asked_to_stop_takes_its_idle_head_with_it_and_exits_0(tmp_path: Path):
+    command = [executable, "-m", "potstill", "serve", "--runs", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        while "potstill serves at" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        recorded = json.loads((tmp_path / ".ray-head.json").read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert not (tmp_path / ".ray-head.json").exists()
+    gone = not psutil.pid_exists(recorded["pid"])
+    assert gone or psutil.Process(recorded["pid"]).status() == psutil.STATUS_ZOMBIE  # until init collects it
