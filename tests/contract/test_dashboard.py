@@ -13,6 +13,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
+from orchestrator.reporting import Report
 from orchestrator.service.app import create_app
 from orchestrator.service.dashboard.signing_in import WRONG_KEYS, local
 from orchestrator.service.principals import Scope
@@ -218,6 +219,30 @@ def test_what_models_and_people_wrote_stays_text(ana: httpx2.Client, tab: str):
     assert "img" not in {tag for tag, _ in Page(source).elements}
 
 
+def test_what_a_run_reports_cannot_leave_an_attribute(service: Service, ana: httpx2.Client):
+    seq = service.store.events.reported("hostile")["events"] + 1
+    told = [{"step": "'\"><img src=x>", "accuracy": 0.5}, {"step": 2, "accuracy": NASTY}, {"step": 2, "accuracy": 0.25}]
+    events = [
+        {"seq": seq + n, "time": 1.0, "type": "eval.finished", "level": "info", "message": "evaluated", "data": data}
+        for n, data in enumerate(told)
+    ]
+    service.store.runs.report("hostile", Report.model_validate({"events": events}))
+    elements = Page(page_of(ana, "/runs/hostile")).elements
+    assert "img" not in {tag for tag, _ in elements}
+    assert [one["data-held-out"] for _, one in elements if "data-held-out" in one] == ["[[[0.0, 0.125], [2.0, 0.25]]]"]
+
+
+def test_the_report_of_a_run_can_neither_run_nor_ask_for_anything(service: Service, ana: httpx2.Client):
+    assert "The run has left no report, or not yet." in page_of(ana, "/runs/hostile/report", 404)
+    (service.folder / "runs" / "done" / "report.html").write_text("<script>alert(1)</script>")
+    assert 'href="/runs/done/report"' in page_of(ana, "/runs/done")
+    answer = ana.get("/runs/done/report")
+    assert answer.text == "<script>alert(1)</script>"
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert policy.endswith("sandbox")
+
+
 def test_what_a_teacher_alone_was_shown_needs_its_scope(service: Service, ana: httpx2.Client):
     assert "lacks the scope samples:privileged" in page_of(ana, "/runs/hostile/samples")
     seeing = service.key_for("ana", Scope.RUNS_READ, Scope.SAMPLES_PRIVILEGED)
@@ -297,7 +322,11 @@ def test_a_failed_run_says_why_and_what_to_do(ana: httpx2.Client):
 
 @pytest.mark.parametrize(
     ("run", "buttons"),
-    [("done", {"fork", "delete"}), ("hostile", {"pause", "fork", "cancel"}), ("queued", {"pause", "fork", "cancel"})],
+    [
+        ("done", {"fork", "delete"}),
+        ("hostile", {"pause", "fork", "cancel", "note"}),
+        ("queued", {"pause", "fork", "cancel", "note"}),
+    ],
 )
 def test_a_run_has_the_buttons_that_its_state_allows(ana: httpx2.Client, run: str, buttons: set[str]):
     elements = [attributes for tag, attributes in Page(page_of(ana, f"/runs/{run}")).elements if tag == "button"]
@@ -314,7 +343,7 @@ def test_who_may_only_read_gets_no_buttons(service: Service):
 
 def test_another_owners_run_does_not_exist(service: Service):
     with signed_in(service, service.key_for("boris", Scope.RUNS_READ)) as boris:
-        for tab in TABS:
+        for tab in (*TABS, "/report"):
             assert "There is no such run." in page_of(boris, f"/runs/done{tab}", 404)
         assert "There is no such run." in page_of(boris, "/compare?runs=done", 404)
         assert "/runs/done" not in page_of(boris, "/")

@@ -51,6 +51,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         )  # fmt: skip
         shown(store, runs, name="live", state=State.RUNNING, step=60, **mine)
         shown(store, runs, name="z" * 63, state=State.FAILED, step=2, **mine)
+        assert running.http.post("/v1/runs", json=submitted(name="parent")).status_code == 201
         once = Once(key_id="0" * 12, key=None, route="/v1/teachers", body_digest="x")
         store.teachers.add("nasty", {"kind": "openai", "model": NASTY[0]}, once)
         store.teachers.probed("nasty", {"problems": [NASTY[1]], "notes": [NASTY[2]]}, revision=1)
@@ -117,7 +118,7 @@ def test_a_run_that_is_watched_moves_with_its_events(page: Browser, service: Ser
     assert "0.012" in text_of(page, ".figures-now")
     service.store.runs.move("live", State.WAITING_TEACHER, "the teacher does not answer")
     until(lambda: "waiting for teacher" in text_of(page, "#head [role=status]"))
-    assert "the teacher does not answer" in text_of(page, ".events")
+    until(lambda: "the teacher does not answer" in text_of(page, ".events"))
     service.store.runs.move("live", State.RUNNING, "it answers again")
 
 
@@ -161,7 +162,6 @@ def test_a_run_is_cancelled_only_after_a_question(page: Browser, service: Servic
 
 
 def test_a_fork_opens_the_new_run_and_a_wrong_setting_is_said_in_its_place(page: Browser, service: Service):
-    assert service.http.post("/v1/runs", json=submitted(name="parent")).status_code == 201
     ready(page, service, "/runs/parent")
     press(page, "Fork …")
     form = page.find_element(By.CSS_SELECTOR, "#fork form")
@@ -179,6 +179,19 @@ def test_a_fork_opens_the_new_run_and_a_wrong_setting_is_said_in_its_place(page:
     assert service.store.runs.get("child").config["optim"]["lr"] == 1e-3
     assert "forked from parent" in text_of(page, "#head")
     assert any("400" in complaint for complaint in page.complaints())  # the refusal, and nothing else
+
+
+def test_notes_and_priority_are_changed_in_their_place(page: Browser, service: Service):
+    ready(page, service, "/runs/parent")
+    press(page, "Edit")
+    form = page.find_element(By.CSS_SELECTOR, "#note form")
+    form.find_element(By.NAME, "notes").send_keys("for Thursday <b>")
+    form.find_element(By.NAME, "priority").clear()
+    form.find_element(By.NAME, "priority").send_keys("7")
+    press(page, "Keep it")
+    until(lambda: "for Thursday <b>" in text_of(page, "#overview .notes"))
+    run = service.store.runs.get("parent")
+    assert (run.notes, run.priority) == ("for Thursday <b>", 7)
 
 
 def test_a_config_is_planned_before_it_can_be_sent(page: Browser, service: Service):
@@ -322,6 +335,7 @@ def another_site() -> Iterator[int]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.test"])
 def test_a_page_of_another_site_changes_nothing_and_reads_nothing(seen: Browser, service: Service, host: str):
+    before = service.store.runs.get("live")
     with another_site() as port:
         seen.get(f"http://{host}:{port}/")
         found = seen.answer(f"(() => {{ {ATTACK.replace('SERVICE', json.dumps(service.url))} }})()")
@@ -330,11 +344,12 @@ def test_a_page_of_another_site_changes_nothing_and_reads_nothing(seen: Browser,
         seen.execute_script(f"form.action = {json.dumps(service.url)} + '/v1/runs/live/cancel'; form.submit()")
         until(lambda: "error" in seen.find_element(By.TAG_NAME, "body").text)
         assert any(code in seen.page_source for code in ("origin_not_allowed", "content_type"))
-    assert service.store.runs.get("live").state is State.RUNNING
+    assert service.store.runs.get("live") == before
 
 
 def test_a_name_that_is_pointed_here_afterwards_gets_no_answer(seen: Browser, service: Service):
     """What a page sees once its own name leads to the service: the same origin to a browser, another Host to us."""
+    before = service.store.runs.get("live")
     rebound = service.url.replace("127.0.0.1", "evil.test")
     seen.get(rebound + "/v1/runs")
     assert "host_not_allowed" in seen.page_source
@@ -343,7 +358,7 @@ def test_a_name_that_is_pointed_here_afterwards_gets_no_answer(seen: Browser, se
         " 'application/json' }, body: '{}' }), fetch('/')]).then((answers) => answers.map((one) => one.status))"
     )
     assert found == [400, 400, 400]
-    assert service.store.runs.get("live").state is State.RUNNING
+    assert service.store.runs.get("live") == before
 
 
 def test_another_site_cannot_put_a_page_into_a_frame(seen: Browser, service: Service):
@@ -352,7 +367,7 @@ def test_another_site_cannot_put_a_page_into_a_frame(seen: Browser, service: Ser
         seen.complaints()
         framed = "const frame = document.createElement('iframe'); frame.src = arguments[0]; document.body.append(frame)"
         seen.execute_script(framed, service.url)
-        until(lambda: any("frame" in complaint.lower() for complaint in seen.complaints()))
+        assert until(lambda: [complaint for complaint in seen.complaints() if "frame" in complaint.lower()])
 
 
 # What a run tells

@@ -30,6 +30,9 @@ class Curve:
     held_out: bool = False  # held-out evaluations are dots on it
 
 
+_OWN, _OTHERS = "own rollouts", "the text it reads"
+
+
 def _line(key: str, label: str) -> Line:
     spec = METRICS[key].format
     return Line(key=key, label=label, format="share" if spec.endswith("%") else "whole" if spec == ",.0f" else "plain")
@@ -47,7 +50,7 @@ CURVES = (
         name="accuracy",
         title="Accuracy",
         unit="",
-        lines=[_line("accuracy", "own rollouts")],
+        lines=[_line("accuracy", _OWN)],
         chief=True,
         held_out=True,
     ),
@@ -98,7 +101,15 @@ CURVES = (
 COMPARED = tuple(curve for curve in CURVES if curve.name in {"reverse_kl", "accuracy", "length", "throughput"})
 
 
-def drawn(keys: Collection[str], curves: Sequence[Curve] = CURVES) -> list[Curve]:
-    """The curves of which at least one number is among `keys`, and of each only such lines."""
+def drawn(keys: Collection[str], curves: Sequence[Curve] = CURVES, *, own_text: bool = True) -> list[Curve]:
+    """The curves of which at least one number is among `keys`, and of each only such lines.
+
+    `own_text`: the student writes what it is trained on; the accuracy of other text is not its own.
+    """
     some = (replace(curve, lines=[line for line in curve.lines if line.key in keys]) for curve in curves)
-    return [curve for curve in some if curve.lines]
+    return [curve if own_text else _of_others(curve) for curve in some if curve.lines]
+
+
+def _of_others(curve: Curve) -> Curve:
+    lines = [replace(line, label=_OTHERS) if line.label == _OWN else line for line in curve.lines]
+    return replace(curve, lines=lines)

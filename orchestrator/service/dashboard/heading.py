@@ -43,6 +43,7 @@ class Heading:
     heard: Moment | None
     forked_from: str | None
     forked_checkpoint: str | None
+    revision: int
     priority: int
     notes: str
     metadata: Mapping[str, str]
@@ -72,6 +73,7 @@ def heading(run: Run, now: float, *, may_write: bool) -> Heading:
         heard=moment(run.heartbeat_at, now),
         forked_from=run.forked_from,
         forked_checkpoint=run.forked_checkpoint,
+        revision=run.revision,
         priority=run.priority,
         notes=run.notes,
         metadata=run.metadata,
@@ -99,7 +101,7 @@ def figures(run: Run, evaluations: Sequence[Event], now: float) -> list[Figure]:
     if held_out:
         found.insert(1, Figure(label="Held-out accuracy", value=METRICS["accuracy"].show(held_out[-1]), unit=""))
     if run.gpus:
-        found.append(Figure(label="GPU time", value=f"{run.gpu_hours(now):,.2f}", unit="GPU hours"))
+        found.append(Figure(label="GPU time", value=f"{_gpu_hours(run, now):,.2f}", unit="GPU hours"))
     if run.teacher_tokens:
         found.append(Figure(label="Teacher’s tokens", value=f"{run.teacher_tokens:,}", unit=""))
     if run.teacher_usd:
@@ -120,6 +122,11 @@ _OF_STEP = (
 def _of_step(run: Run, name: str, label: str) -> Figure:
     metric = METRICS[name]
     return Figure(label=label, value=metric.show(number(run.latest, name), missing=NOTHING), unit=metric.unit)
+
+
+def _gpu_hours(run: Run, now: float) -> float:
+    present = 0.0 if run.launched_at is None else max(0.0, now - run.launched_at)
+    return run.gpus * (run.busy_s + present) / 3600.0
 
 
 def _lasted(run: Run, now: float) -> str:

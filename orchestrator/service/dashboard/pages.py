@@ -6,14 +6,15 @@ Refuses what the API refuses, with the same words: a run of another owner does n
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator import heatmap, timeline
-from orchestrator.service import manifests, run_logs
+from orchestrator.service import confined, manifests, run_logs
 from orchestrator.service.dashboard import recipes
 from orchestrator.service.dashboard.checkpoints import entry
 from orchestrator.service.dashboard.comparison import MOST, asked_for, columns, differences
@@ -30,9 +31,11 @@ from orchestrator.service.samples import samples_of
 from orchestrator.service.store.pages import Page
 from orchestrator.service.toml import dump_toml
 from potstill.errors import ServiceError
+from potstill.metrics import number
 
 ROWS, TEACHERS_SHOWN, SAMPLES_SHOWN, LOG_LINES = 50, 100, 12, 400
 EVENTS_SHOWN, EVENTS_A_PAGE, EVALUATIONS = 12, 200, 1000
+REPORT, MAX_REPORT_BYTES = "report.html", 16 << 20
 LATELY = 100  # events among which a run's last steps are
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -72,8 +75,8 @@ def overview(run_id: str, view: Viewing) -> Response:
         run,
         "overview.html.j2",
         figures=figures(run, evaluations, view.now),
-        curves=drawn(_measured(view, run)),
-        held_out=_held_out(evaluations),
+        curves=drawn(_measured(view, run), own_text=run.config["rollout"]["source"] == "student"),
+        held_out=[_held_out(evaluations)],
         events=_events(view, view.state.store.events.told(run_id, limit=EVENTS_SHOWN)),
     )
 
@@ -153,16 +156,31 @@ def logs(
     return _of_run(view, run, "logs.html.j2", logs=found, chosen=chosen, text=text, lines=LOG_LINES)
 
 
+@router.get("/runs/{run_id}/report")
+def report(run_id: str, view: Viewing) -> Response:
+    """The report that the run left behind: a page of its own, which may neither run anything nor ask for anything."""
+    view.state.store.runs.get(run_id, view.who)
+    try:
+        with confined.open_file(view.state.runs, run_id, REPORT) as file:
+            content = file.read(MAX_REPORT_BYTES)
+    except FileNotFoundError:
+        raise ServiceError("the run has left no report, or not yet", 404, "report_not_found") from None
+    policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
+    return HTMLResponse(content, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
+
+
 @router.get("/compare")
 def compare(view: Viewing, runs: Annotated[list[str] | None, Query(max_length=100)] = None) -> Response:
     names = asked_for(runs or [])
     found = [view.state.store.runs.get(name, view.who) for name in names]
+    evaluated = {run.id: _evaluations(view, run) for run in found}
     unlike, num_alike = differences([config_resource(run) for run in found])
     measured = set().union(*(_measured(view, run) for run in found))
     return view.page(
         "compare.html.j2",
         rows=[row(run, view.now) for run in found],
-        columns=columns([figures(run, _evaluations(view, run), view.now) for run in found]),
+        columns=columns([figures(run, evaluated[run.id], view.now) for run in found]),
+        held_out=[_held_out(evaluated[run.id]) for run in found],
         differences=unlike,
         num_alike=num_alike,
         curves=drawn(measured, COMPARED),
@@ -220,6 +238,7 @@ def _of_run(view: View, run: Run, template: str, **content: Any) -> Response:
         template,
         run=heading(run, view.now, may_write=view.may_write),
         last_seq=view.state.store.events.last(run.id),
+        reported=REPORT in confined.names(view.state.runs, run.id),
         may_write=view.may_write,
         **content,
     )
@@ -237,10 +256,11 @@ def _measured(view: View, run: Run) -> set[str]:
 
 
 def _held_out(evaluations: list[Event]) -> list[list[float]]:
-    """[step, accuracy] of the student's own evaluations."""
+    """[step, accuracy] of the student's own evaluations. What a run reports may be anything."""
     data = (event.data for event in evaluations if event.data.get("stage") != "teacher")
-    return [[one["step"], one["accuracy"]] for one in data if one.get("accuracy") is not None]
+    pairs = ((number(one, "step"), number(one, "accuracy")) for one in data)
+    return [[step, accuracy] for step, accuracy in pairs if step is not None and accuracy is not None]
 
 
-def _events(view: View, found: list[Event]) -> list[tuple[Event, Any]]:
+def _events(view: View, found: Sequence[Event]) -> list[tuple[Event, Any]]:
     return [(event, moment(event.time, view.now)) for event in found]

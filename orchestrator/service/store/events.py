@@ -35,7 +35,7 @@ class Events:
         with self._database.reading() as db:
             return [_event(row) for row in db.execute(query.order_by(EVENTS.c.seq).limit(limit))]
 
-    def told(self, run_id: str, *, before: int | None = None, limit: int) -> list[Event]:
+    def told(self, run_id: str, *, before: int | None = None, limit: int) -> Sequence[Event]:
         """What people read of a run, newest first: all but the steps' numbers; with `before`, what came earlier."""
         query = sa.select(EVENTS).where(EVENTS.c.run_id == run_id, EVENTS.c.stream != "metrics")
         if before is not None:

@@ -29,18 +29,31 @@ function runningMean(values) {
 
 /** What a figure draws: [{xs, ys, stroke, width, dots, shows}]. `shows` is the readout that the line belongs to. */
 function linesOf(figure) {
-  const readouts = [...figure.querySelectorAll(".now[data-key]")], dots = figure.querySelector(".now.dots"), found = [];
-  for (const readout of readouts) {
+  const own = figure.querySelector(".now.dots"), found = [];
+  for (const readout of figure.querySelectorAll(".now[data-key]")) {
     const { columns } = tables[readout.dataset.at], xs = columns[axis], ys = columns[readout.dataset.key];
-    if (!xs || !ys || !ys.some((y) => y !== null)) continue;
-    const strong = colour(`--line-${readout.dataset.line}`), smooth = ys.length > 40;
-    if (smooth && alone) found.push({ xs, ys, stroke: `${strong}59`, width: 1, shows: readout });
-    found.push({ xs, ys: smooth ? runningMean(ys) : ys, stroke: strong, width: 1.8, shows: smooth && alone ? null : readout });
+    const strong = colour(`--line-${readout.dataset.line}`), pale = `${strong}59`;
+    const dots = "held" in figure.dataset ? held[readout.dataset.at] ?? [] : [], several = dots.length && !alone;
+    if (xs?.length && ys?.some((y) => y !== null)) {
+      const smooth = ys.length > 40;
+      if (smooth && alone) found.push({ xs, ys, stroke: pale, width: 1, shows: readout });
+      const shows = (smooth && alone) || several ? null : readout;
+      found.push({ xs, ys: smooth ? runningMean(ys) : ys, stroke: several ? pale : strong, width: 1.8, shows });
+    }
+    if (own) own.hidden = !dots.length;
+    if (dots.length) {
+      const looks = alone ? { stroke: colour("--ink"), width: 0, shows: own } : { stroke: strong, width: 1.8, shows: readout };
+      found.push({ xs: dots.map(([step]) => across(columns, step)), ys: dots.map(([, y]) => y), dots: true, ...looks });
+    }
   }
-  if (dots) dots.hidden = !(alone && held.length);
-  if (dots && alone && held.length)
-    found.push({ xs: held.map(([x]) => x), ys: held.map(([, y]) => y), stroke: colour("--ink"), width: 0, dots: true, shows: dots });
   return found;
+}
+
+/** Where a step lies on the axis. */
+function across(columns, step) {
+  if (axis === "step") return step;
+  const at = columns.step.findLastIndex((one) => one <= step);
+  return at < 0 ? 0 : columns[axis]?.[at] ?? 0;
 }
 
 /** Whether a part of the axis was dragged out: it does not reach to an end of what there is. */
@@ -61,7 +74,7 @@ function optionsOf(figure, lines) {
   const plot = figure.querySelector(".plot"), format = FORMATS[figure.querySelector(".now").dataset.format];
   const muted = colour("--muted"), rule = colour("--rule"), font = "11px system-ui, sans-serif";
   const tick = (value) => (value >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : format(value).replace(".0%", "%"));
-  const across = (value) => (value >= 1e6 ? `${+(value / 1e6).toPrecision(3)}M` : value >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : String(+value.toPrecision(6)));
+  const wide = (value) => (value >= 1e6 ? `${+(value / 1e6).toPrecision(3)}M` : value >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : String(+value.toPrecision(6)));
   return {
     width: plot.clientWidth,
     height: plot.clientHeight,
@@ -70,7 +83,7 @@ function optionsOf(figure, lines) {
     scales: { x: { time: false, range: (self, low, high) => (zoomed(self, low, high) ? [low, high] : [0, Math.max(high, 1)]) }, y: { range: scaleOf(figure) } },
     cursor: { sync: { key: "potstill" }, y: false, points: { size: 6 }, drag: { x: true, y: false } },
     axes: [
-      { stroke: muted, font, size: 26, gap: 4, grid: { show: false }, ticks: { stroke: rule, width: 1, size: 4 }, values: (self, all) => all.map(across), space: 60 },
+      { stroke: muted, font, size: 26, gap: 4, grid: { show: false }, ticks: { stroke: rule, width: 1, size: 4 }, values: (self, all) => all.map(wide), space: 60 },
       { stroke: muted, font, size: 46, gap: 5, grid: { stroke: rule, width: 1 }, ticks: { show: false }, values: (self, all) => all.map(tick), space: 34 },
     ],
     series: [{}, ...lines.map(({ stroke, width, dots, xs }) => ({
@@ -144,7 +157,7 @@ function begin() {
   const found = document.getElementById("curves");
   if (!found || found === box) return;
   box = found;
-  held = JSON.parse(box.dataset.heldOut ?? "[]");
+  held = JSON.parse(box.dataset.heldOut);
   new ResizeObserver(() => {
     for (const [figure, plot] of plots) {
       const { clientWidth: width, clientHeight: height } = figure.querySelector(".plot");
@@ -165,7 +178,7 @@ function soon() {
 document.addEventListener("run-event", ({ detail: { type, data } }) => {
   if (!tables.length) return;
   if (type === "metrics") { add(data); soon(); }
-  if (type === "eval.finished" && data.stage !== "teacher") { held.push([data.step, data.accuracy]); soon(); }
+  if (type === "eval.finished" && data.stage !== "teacher") { held[0].push([data.step, data.accuracy]); soon(); }
 });
 document.addEventListener("colours-changed", () => { if (box) drawAll(); });
 document.addEventListener("htmx:after:swap", begin);

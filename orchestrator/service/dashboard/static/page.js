@@ -67,7 +67,7 @@ document.addEventListener("submit", async (event) => {
   try {
     const fields = fieldsOf(form), method = form.dataset.json;
     const address = method === "DELETE" ? `${form.action}?${new URLSearchParams(fields)}` : form.action;
-    const answer = await send(method, address, fields, "once" in form.dataset ? { "Idempotency-Key": onceOf(form) } : {});
+    const answer = await send(method, address, fields, headersOf(form));
     form.closest("dialog")?.close();
     if (form.dataset.said) say(form.dataset.said);
     if (form.dataset.goes) location.assign(form.dataset.goes + ("goesAsIs" in form.dataset ? "" : answer?.id ?? ""));
@@ -79,14 +79,26 @@ document.addEventListener("submit", async (event) => {
   }
 });
 
+function headersOf(form) {
+  const headers = {};
+  if ("once" in form.dataset) headers["Idempotency-Key"] = onceOf(form);
+  if (form.dataset.ifMatch) headers["If-Match"] = form.dataset.ifMatch;
+  return headers;
+}
+
 function fieldsOf(form) {
   const fields = {};
   for (const field of form.elements) {
     if (!field.name || (field.type === "radio" && !field.checked)) continue;
     if ("omitEmpty" in field.dataset && !field.value.trim()) continue;
-    fields[field.name] = "settings" in field.dataset ? settingsOf(field.value) : field.value.trim();
+    fields[field.name] = valueOfField(field);
   }
   return fields;
+}
+
+function valueOfField(field) {
+  if ("settings" in field.dataset) return settingsOf(field.value);
+  return "number" in field.dataset ? Number(field.value) : field.value.trim();
 }
 
 /** `optim.lr = 2e-4` a line. What is no JSON value is text. */
