@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -80,7 +80,7 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def visible(text: str) -> str:
-    """The text on one line: control characters, and those that turn a line around, as escapes."""
+    """The text on one line: control characters but tabs, and those that turn a line around, as escapes."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 

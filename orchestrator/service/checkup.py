@@ -145,4 +145,5 @@ def _cluster(address: str) -> Finding:
         socket.create_connection((host or port, int(port) if host else 80), timeout=PATIENCE_S).close()
     except (OSError, ValueError):
         return Finding(what="ray", found=f"{address} does not answer", ok=False, advice="mend RAY_ADDRESS, or start it")
-    return Finding(what="ray", found=f"{address} answers", ok=True)
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return Finding(what="ray", found=f"{address} answers; RAY_AUTH_MODE is {mode}", ok=True)

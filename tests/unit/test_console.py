@@ -41,8 +41,8 @@ def test_on_a_terminal_it_is_drawn_and_a_cell_is_still_only_text():
 
 
 def test_lines_of_data_keep_their_ends_and_nothing_else(capsys: pytest.CaptureFixture[str]):
-    show("one\ntwo\x1b[2J\n")
-    assert capsys.readouterr().out == "one\ntwo\\x1b[2J\n\n"
+    show("one\n\ttwo\x1b[2J\n")
+    assert capsys.readouterr().out == "one\n\ttwo\\x1b[2J\n\n"
 
 
 @pytest.mark.parametrize(
