@@ -10,8 +10,9 @@ PotstillError
       StaleWeights      weights older than those already loaded, or no longer kept         exit 1
     AlignmentError      scores do not belong to the tokens that were asked for             exit 1
     WorkerLost          a process of the run died or fell silent                           exit 1
-      LearnerLost       the one that learns: the run goes back to its last checkpoint        exit 1
-    CapacityError       the cluster has had no room for the run's processes in time        exit 1
+      LearnerLost       the one that learns: the run goes back to its last checkpoint      exit 1
+      MemoryLost        ended for the memory that it took; it is a CapacityError too       exit 1
+    CapacityError       no room in time for the run's processes, or too little memory      exit 1
     SignalLost          too few tokens could be scored for the step to mean anything       exit 1
     AlarmRaised         an alarm sounded that pauses or stops the run                      exit 1
     Fenced              a newer attempt of the run is at work: this process must end       exit 1
@@ -82,9 +83,14 @@ class LearnerLost(WorkerLost):
 
 
 class CapacityError(RunError):
-    """The cluster had no room for the run's processes in time. The message says what is missing."""
+    """The cluster had no room for the run's processes in time, or a machine too little memory for one of them. The
+    message says what is missing, and which setting to lower."""
 
     category = "capacity"
+
+
+class MemoryLost(WorkerLost, CapacityError):
+    """A process of the run was ended for the memory that it took. As with every loss, another one takes its place."""
 
 
 class SignalLost(RunError):
