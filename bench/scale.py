@@ -318,12 +318,14 @@ async def run(
         async def hire(number: int, anew: bool) -> Worker:
             return Worker(number=number, actor=made[number], version=0)
 
-        roster = Roster(hire, wanted=workers, at_least=workers, restarts=0)
+        roster = Roster(hire, lambda number, error: None, wanted=workers, at_least=workers, restarts=0)
         await roster.open()
         crew = Crew(
             config, learners=Learners([learner]), roster=roster, published=published(0), journal=journal, teachers=[]
         )
-        chores = Marking(config, crew=crew, journal=journal, recorder=recorder, data=data, offpolicy=None)
+        chores = Marking(
+            config, crew=crew, journal=journal, recorder=recorder, data=data, offpolicy=None, stopping=asyncio.Event()
+        )
         chores.marks, chores.recorder = [], recorder
         buffer = Buffer(config.loop, prompts_per_step=rollout.prompts_per_step, prompts_per_call=PER_CALL)
         prompts = PromptStream(data, seed=0, prompts_per_step=rollout.prompts_per_step)
