@@ -61,8 +61,13 @@ class Opened:
     resources: AsyncExitStack
 
     async def load_weights(self, version: WeightsVersion, payload: NDArray[np.uint8]) -> int:
-        """The student's new weights, and those of a teacher that follows it. Returns the version that is loaded."""
-        await self.student.load_weights(version, payload, in_flight=self.in_flight)
+        """The student's new weights, and those of a teacher that follows it. Returns the version that is loaded.
+
+        To ask again for a version that the teacher did not get is to ask for the teacher alone.
+        """
+        is_behind = self.follower is not None and self.follower.is_behind
+        if not (is_behind and version.version == self.student.version):
+            await self.student.load_weights(version, payload, in_flight=self.in_flight)
         if self.follower is not None:
             await self.follower.follow(version, payload)
         return self.student.version

@@ -94,6 +94,7 @@ class TeacherClient:
         Only a server that was started to take weights does; scores asked for earlier are still of the old ones. Raises
         TeacherRefused for a version that is not newer, or tensors that are not the model's.
         """
+        self._capabilities = None  # also where the answer is lost, and nobody knows which revision it now is
         answer = await self._endpoint.call(
             "POST",
             f"/v1/weights?version={version.version}" + (f"&ema_decay={ema_decay}" if ema_decay else ""),
@@ -103,7 +104,6 @@ class TeacherClient:
         )
         if answer.status != 200:
             raise self._refusal(answer)
-        self._capabilities = None
         return _LOADED.validate_json(answer.content).revision
 
     async def _score(
