@@ -43,7 +43,7 @@ class NotingCrew:
         self.notes: list[str] = []
         self.made = self.version = 0
         self.in_flight = self.most_in_flight = 0
-        self.roster = Roster(self._hire, wanted=workers, at_least=workers, restarts=2)
+        self.roster = Roster(self._hire, self._lose, wanted=workers, at_least=workers, restarts=2)
         self._hired: Counter[int] = Counter()
         self._newer = asyncio.Event()
         self._failures = failures or {}
@@ -56,8 +56,10 @@ class NotingCrew:
     def arrivals(self) -> AsyncIterator[Worker]:
         return self.roster.arrivals()
 
+    def _lose(self, number: int, error: WorkerLost) -> None:
+        self.notes.append(f"lost {number}.{self._hired[number]}")
+
     def lost(self, worker: Worker, error: WorkerLost) -> None:
-        self.notes.append(f"lost {worker.actor}")
         self.roster.lost(worker, error)
 
     async def rollout(self, worker: Worker, chunk: range, prompts: Sequence[Prompt]) -> list[list[Receipt]]:

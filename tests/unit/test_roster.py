@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import roster as documented
 from orchestrator.roster import LONGEST_PAUSE_S, PAUSE_S, Roster, Worker, pause_s
-from potstill.errors import ConfigError, WorkerLost
+from potstill.errors import ConfigError, MemoryLost, WorkerLost
 
 FOREVER_S = 3600.0
 
@@ -26,6 +26,7 @@ class Agency:
         self._slow = slow or set()
         self.asked: list[tuple[int, bool]] = []
         self.hired: Counter[int] = Counter()
+        self.losses: list[tuple[int, str]] = []
 
     async def hire(self, number: int, anew: bool) -> Worker:
         self.asked.append((number, anew))
@@ -37,8 +38,12 @@ class Agency:
         self.hired[number] += 1
         return Worker(number=number, actor=f"{number}.{self.hired[number]}", version=0)
 
+    def lose(self, number: int, error: WorkerLost) -> None:
+        self.losses.append((number, str(error)))
+
     def roster(self, *, wanted: int, at_least: int | None = None, restarts: int = 3) -> Roster:
-        return Roster(self.hire, wanted=wanted, at_least=wanted if at_least is None else at_least, restarts=restarts)
+        at_least = wanted if at_least is None else at_least
+        return Roster(self.hire, self.lose, wanted=wanted, at_least=at_least, restarts=restarts)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +69,7 @@ async def test_a_run_begins_with_all_that_are_wanted_in_their_order():
     arrivals = roster.arrivals()
     assert [await next_of(arrivals) for _ in range(3)] == here(roster)
     assert agency.asked == [(0, False), (1, False), (2, False)]
-    assert roster.num_lost == 0
+    assert agency.losses == []
     await roster.close()
 
 
@@ -74,8 +79,8 @@ async def test_who_is_lost_is_replaced_by_another_and_everybody_hears_of_it():
     await roster.open()
     arrivals = roster.arrivals()
     first, _ = await anext(arrivals), await anext(arrivals)
-    assert roster.lost(first, WorkerLost("gone"))
-    assert here(roster) == ["1.1"]
+    roster.lost(first, WorkerLost("gone"))
+    assert (here(roster), agency.losses) == (["1.1"], [(0, "gone")])
     assert await next_of(arrivals) == "0.2"
     assert agency.asked[-1] == (0, True)
     assert here(roster) == ["0.2", "1.1"]
@@ -87,11 +92,12 @@ async def test_to_be_told_twice_of_a_loss_changes_nothing():
     roster = agency.roster(wanted=1, restarts=1)
     await roster.open()
     worker = roster.present[0]
-    assert [roster.lost(worker, WorkerLost("gone")), roster.lost(worker, WorkerLost("gone"))] == [True, False]
+    for _ in range(2):
+        roster.lost(worker, WorkerLost("gone"))
     assert (await asyncio.wait_for(roster.somebody(), 5)).actor == "0.2"
-    assert not roster.lost(worker, WorkerLost("its last call says so too"))
+    roster.lost(worker, WorkerLost("its last call says so too"))
     roster.worked(worker)
-    assert (roster.num_lost, here(roster)) == (1, ["0.2"])
+    assert (agency.losses, here(roster)) == ([(0, "gone")], ["0.2"])
     await roster.close()
 
 
@@ -108,9 +114,28 @@ async def test_all_who_wait_for_a_worker_get_the_one_that_comes():
 
 
 async def test_a_place_that_loses_its_worker_too_often_in_a_row_ends_the_run_with_the_last_cause():
-    roster = Agency({0: [WorkerLost("no memory"), WorkerLost("no memory left")]}).roster(wanted=1, restarts=1)
-    with pytest.raises(WorkerLost, match="rollout worker 0 was lost 2 times in a row: no memory left"):
+    """Of its kind, too: who has no memory is not just lost."""
+    roster = Agency({0: [WorkerLost("silent"), MemoryLost("no memory")]}).roster(wanted=1, restarts=1)
+    with pytest.raises(MemoryLost, match="rollout worker 0 was lost 2 times in a row: no memory"):
         await asyncio.wait_for(roster.open(), 5)
+    await roster.close()
+
+
+async def test_a_worker_that_could_not_be_hired_is_told_of_as_one_that_was_lost():
+    agency = Agency({1: [WorkerLost("it fell silent while it loaded")]})
+    roster = agency.roster(wanted=2)
+    await asyncio.wait_for(roster.open(), 5)
+    assert (here(roster), agency.losses) == (["0.1", "1.1"], [(1, "it fell silent while it loaded")])
+    await roster.close()
+
+
+async def test_a_run_begins_at_once_with_the_fewest_workers_and_the_others_join():
+    agency = Agency(slow={0})
+    roster = agency.roster(wanted=3, at_least=1)
+    await asyncio.wait_for(roster.open(), 1)
+    assert here(roster) == ["1.1"]
+    arrivals = roster.arrivals()
+    assert [await next_of(arrivals), await next_of(arrivals)] == ["1.1", "2.1"]
     await roster.close()
 
 
@@ -145,10 +170,13 @@ async def test_what_another_worker_would_not_mend_is_raised_at_once():
     await roster.close()
 
 
-async def test_a_run_with_enough_workers_does_not_begin_where_another_says_that_it_is_wrong():
+async def test_a_run_that_has_begun_hears_of_a_worker_that_says_that_it_is_wrong():
     roster = Agency({1: [ConfigError("rollout.engine: no such model")]}).roster(wanted=2, at_least=1)
+    await asyncio.wait_for(roster.open(), 5)
+    arrivals = roster.arrivals()
+    assert await next_of(arrivals) == "0.1"
     with pytest.raises(ConfigError, match="no such model"):
-        await asyncio.wait_for(roster.open(), 5)
+        await next_of(arrivals)
     await roster.close()
 
 
