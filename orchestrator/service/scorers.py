@@ -44,7 +44,7 @@ class Scorers:
         self._registry = registry
         self._open: OrderedDict[_Key, _Open] = OrderedDict()
         self._opening = asyncio.Lock()
-        self._asked = 0
+        self.asked = 0
 
     @asynccontextmanager
     async def of(self, teacher: Teacher, tokenizer: str | None) -> AsyncIterator[Scorer]:
@@ -52,9 +52,9 @@ class Scorers:
 
         Raises ServiceError: 400 for a teacher that scores nothing, 503 when all places are taken; ConfigError.
         """
-        if self._asked >= MOST_AT_A_TIME:
+        if self.asked >= MOST_AT_A_TIME:
             raise ServiceError("too much is being scored: try again later", 503, "overloaded")
-        self._asked += 1
+        self.asked += 1
         try:
             one = await self._taken(teacher, tokenizer)
             try:
@@ -63,7 +63,7 @@ class Scorers:
                 one.users -= 1
                 await self._close_if_done(one)
         finally:
-            self._asked -= 1
+            self.asked -= 1
 
     async def aclose(self) -> None:
         """Close those that nobody uses; the others when they are given back."""

@@ -51,6 +51,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _WIDEST_PREFIX = {4: 8, 6: 7}  # 10.0.0.0/8 and fc00::/7; what is wider is no private network
 _HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _NOT_IN_A_BASE_URL = re.compile(r"[\s\\@?#]")
+_LIKE_AN_ADDRESS = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)")
 _FIRST_FREE_PORT = 1024
 # What listens there takes text for commands (ftp, ssh, telnet, mail, Redis, memcached, IRC) or starts jobs (Ray)
 _NEVER_PORTS = frozenset({21, 22, 23, 25, 110, 143, 465, 587, 6379, 6667, 8265, 11211})
@@ -206,8 +207,13 @@ def _parsed(url: str) -> httpx2.URL:
     host = _host(base)
     if base.scheme not in {"http", "https"}:
         raise TargetRefused("a base URL begins with https:// or http://")
-    if not _HOST.fullmatch(host) and not (":" in host and _literal(host) is not None):
+    is_plain = _HOST.fullmatch(host) is not None
+    is_address = (is_plain or ":" in host) and _literal(host) is not None
+    if not is_address and (not is_plain or _LIKE_AN_ADDRESS.fullmatch(host)):
         raise TargetRefused("a base URL names a host by letters, digits, '-' and '.', or by its address")
+    _, colon, port = url.partition("//")[2].partition("/")[0].rpartition("]")[2].partition(":")
+    if colon and not re.fullmatch(r"[0-9]*", port):  # int() reads 4_43, and the digits of every script
+        raise TargetRefused("a port is written in the digits 0 to 9")
     if not 1 <= _port(base) <= 65535 or _port(base) in _NEVER_PORTS:
         raise TargetRefused(f"port {_port(base)} is not one that a teacher listens on")
     return base
