@@ -20,14 +20,15 @@ from potstill import bundles
 from potstill.config import RunConfig, ScratchConfig
 from potstill.fencing import Fence
 from potstill.journal import checkpoints
+from potstill.process_log import log_of, write_to
 from potstill.spans import FOLDER, Spans
-from potstill.transports.route import Route, open_transport
+from potstill.transports.route import Route
 from potstill.types import Gathering, Receipt, StartingPoint, StepBatch, StepReport, WeightsVersion
 from potstill.wire import Capabilities
 
 if TYPE_CHECKING:
     from learner.parallel import Joined
-    from learner.publish import Publisher
+    from learner.publish import Sender
     from learner.ranks import Ranks
     from learner.trainer import Trainer
 
@@ -65,7 +66,7 @@ class Learner:
         self._writing: Future[None] | None = None
         self.joined: Joined | None = None  # the ranks, where there are several
         self._trainer: Trainer | None = None
-        self._publisher: Publisher | None = None
+        self._sender: Sender | None = None
 
     def gather(self, fence: Fence, num_ranks: int) -> Gathering:
         """What rank 0 decides for all: where they meet, and the checkpoint that they go on from."""
@@ -93,7 +94,7 @@ class Learner:
         import torch
 
         from learner.model import load_student
-        from learner.publish import Publisher
+        from learner.publish import open_sender
         from learner.sent_states import SentStates
         from learner.trainer import Trainer
 
@@ -101,13 +102,15 @@ class Learner:
         torch.manual_seed(config.seed)
         self._config, self._fence = config, fence
         self._spans = Spans(fence.folder / FOLDER / f"learner-{rank}.jsonl", f"learner-{rank}")
+        write_to(log_of(fence.folder, f"learner-{rank}"))
         ranks = self._meet(rank, config.learner.ranks, gathering)
         student = ranks.shard(load_student(config.student, seed=config.seed, device=ranks.home))
         self._trainer = Trainer(config, student, SentStates.of(config, met, student))
         self._route = route
-        if self._publisher is not None:
-            self._publisher.close()
-        self._publisher = Publisher(route, open_transport(route, fence.folder / "weights")) if rank == 0 else None
+        if self._sender is not None:
+            self._sender.close()
+        host = ray.util.get_node_ip_address()
+        self._sender = open_sender(route, folder=fence.folder / "weights", host=host) if rank == 0 else None
         checkpoint = gathering.checkpoint
         extra = {} if checkpoint is None else self._checkpoint.restore(self._trainer, checkpoint)
         return StartingPoint(published=self.publish(), extra=extra, damaged=gathering.damaged)
@@ -149,8 +152,8 @@ class Learner:
 
         trainer = self.trainer
         with self._spans.span("weights:publish", version=trainer.version):
-            if self._publisher is not None:
-                return self._publisher.publish(trainer.student, version=trainer.version)
+            if self._sender is not None:
+                return self._sender.publish(trainer.student, version=trainer.version)
             gathered(trainer.student, self._route)
             return None
 

@@ -1,24 +1,51 @@
 """The student's weights as a version that travels: all of them by the transformer's names, or its adapter alone.
 
 Copies out of the model; never hands out memory that the next optimizer step will overwrite. Where the bytes lie is the
-transport's business.
+transport's business, and whether they pass through the CPU's memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from learner.model import CausalModel
 from potstill.errors import WeightsError
 from potstill.transports import Transport
-from potstill.transports.route import Route
+from potstill.transports.route import Route, open_transport
 from potstill.types import WeightsVersion
-from potstill.weights import Bytes, fresh, pack
+from potstill.weights import Bytes, fresh, laid_out, pack, sealed
+
+if TYPE_CHECKING:
+    from learner.outbox import Outbox
+
+
+class Sender(Protocol):
+    """What the learner publishes with."""
+
+    def publish(self, student: CausalModel, *, version: int) -> WeightsVersion:
+        """Raises WeightsError when there is no room for it. Of several ranks only the first has a sender; meanwhile
+        the others call `gathered`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_sender(route: Route, *, folder: Path, host: str) -> Sender:
+    """folder: for files; host: this machine's address, as workers reach it."""
+    if route.transport != "device":
+        return Publisher(route, open_transport(route, folder))
+    from learner.outbox import Outbox
+
+    return DevicePublisher(route, Outbox(host))
 
 
 class Publisher:
@@ -29,12 +56,45 @@ class Publisher:
         self._transport = transport
 
     def publish(self, student: CausalModel, *, version: int) -> WeightsVersion:
-        """Raises WeightsError when the transport has no room."""
         described, payload = snapshot(student, version=version, route=self._route, transport=self._transport)
         return replace(described, payload=self._transport.send(payload, version))
 
     def close(self) -> None:
         self._transport.close()
+
+
+class DevicePublisher:
+    """Sends versions that never leave the devices: copied into the outbox's room, and summed up there."""
+
+    def __init__(self, route: Route, outbox: Outbox) -> None:
+        self._route = route
+        self._outbox = outbox
+
+    @torch.no_grad()
+    def publish(self, student: CausalModel, *, version: int) -> WeightsVersion:
+        return self.send(_sent(student, self._route)[0], version=version)
+
+    @torch.no_grad()
+    def send(self, tensors: Mapping[str, Tensor], *, version: int) -> WeightsVersion:
+        """Shards are put together, one tensor at a time."""
+        from potstill.transports import rows
+
+        table = laid_out((name, str(one.dtype).removeprefix("torch."), one.shape) for name, one in tensors.items())
+        room = self._outbox.room(table[-1].offset + rows.padded(table[-1].nbytes))
+        for entry, shard in zip(table, tensors.values(), strict=True):
+            rows.tensor(room, entry).copy_(shard.full_tensor() if isinstance(shard, DTensor) else shard)
+        described = WeightsVersion(
+            version=version,
+            digest="",
+            checksums=tuple(rows.sums([rows.row(room, entry) for entry in table])),  # waits until all of it is copied
+            tensors=table,
+            payload=self._outbox.send(version, table),
+            rounded=self._route.wire == "bfloat16",
+        )
+        return sealed(described)
+
+    def close(self) -> None:
+        self._outbox.close()
 
 
 @torch.no_grad()
@@ -59,6 +119,12 @@ def snapshot(
 @torch.no_grad()
 def gathered(student: CausalModel, route: Route | None = None) -> tuple[dict[str, Tensor], float | None]:
     """What travels, and the scale of an adapter that travels alone. Of several ranks the first has it; all call."""
+    tensors, scale = _sent(student, route)
+    return student.ranks.whole(tensors), scale
+
+
+def _sent(student: CausalModel, route: Route | None) -> tuple[dict[str, Tensor], float | None]:
+    """What travels, as it lies: shards, of several ranks."""
     scale = None
     if route is not None and route.adapter_only:
         tensors, scale = adapter(student)
@@ -66,7 +132,7 @@ def gathered(student: CausalModel, route: Route | None = None) -> tuple[dict[str
         tensors = student.full_weights()
     if route is not None and route.wire == "bfloat16":
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-    return student.ranks.whole(tensors), scale
+    return tensors, scale
 
 
 def adapter(student: CausalModel) -> tuple[dict[str, Tensor], float]:

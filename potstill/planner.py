@@ -173,11 +173,11 @@ def nearest(name: str, found: Tier) -> list[str]:
 
 def _weights(config: RunConfig) -> str:
     """How new weights will travel; which hosts there are is known once the cluster is, and in the first event."""
-    near = route_of(config, same_host=True).transport
-    if config.weights.transport != "auto":
-        return near
-    far = route_of(config, same_host=False).transport
-    return near if near == far else f"{near} on one host, {far} between hosts"
+    if config.weights.transport == "auto":
+        near, far = (route_of(config, same_host=near).transport for near in (True, False))
+        return near if near == far else f"{near} on one host, {far} between hosts"
+    route = route_of(config, same_host=True)
+    return f"{route.transport}: {route.reason}"
 
 
 def _asks(config: RunConfig) -> Iterator[str]:

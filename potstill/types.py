@@ -275,7 +275,7 @@ class WeightsVersion:
 
     version: int
     digest: str  # xxh3 of all below but the payload
-    checksums: tuple[int, ...]  # xxh3 of each bucket of the payload
+    checksums: tuple[int, ...]  # xxh3 of each bucket of the payload; from device to device, a sum of each tensor
     tensors: Sequence[TensorEntry]
     payload: Any  # a transports.Payload; None: the bytes are handed over beside it
     adapter_scale: float | None = None  # the tensors are low-rank updates, added times this; None: they are all weights

@@ -63,31 +63,50 @@ def pack(
     Returns the version with its table and checksums but without a payload, and the payload [num_bytes].
     Raises WeightsError for a tensor of another dtype, and when there is none.
     """
-    if not tensors:
-        raise WeightsError(f"weights version {version}: there is no tensor to pack")
-    entries: list[TensorEntry] = []
-    end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAME_OF:
             raise WeightsError(f"{name}: dtype {tensor.dtype} cannot travel; use {', '.join(_NUMPY_OF)}")
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offset + tensor.nbytes
-        entries.append(
-            TensorEntry(
-                name=name, dtype=_NAME_OF[tensor.dtype], shape=tensor.shape, offset=offset, nbytes=tensor.nbytes
-            )
-        )
-    payload = room(end)
+    entries = laid_out((name, _NAME_OF[tensor.dtype], tensor.shape) for name, tensor in tensors.items())
+    payload = room(entries[-1].offset + entries[-1].nbytes)
     described = WeightsVersion(
         version=version,
         digest="",
         checksums=tuple(_fill(payload, zip(entries, tensors.values(), strict=True))),
-        tensors=tuple(entries),
+        tensors=entries,
         payload=None,
         adapter_scale=adapter_scale,
         rounded=rounded,
     )
-    return replace(described, digest=_digest(described)), payload
+    return sealed(described), payload
+
+
+def laid_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:
+    """The table of a payload that holds these tensors (name, dtype, shape) in this order. Raises WeightsError for a
+    tensor of another dtype, and when there is none."""
+    entries: list[TensorEntry] = []
+    end = 0
+    for name, dtype, shape in tensors:
+        if dtype not in _NUMPY_OF:
+            raise WeightsError(f"{name}: dtype {dtype} cannot travel; use {', '.join(_NUMPY_OF)}")
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        nbytes = math.prod(shape) * _NUMPY_OF[dtype].itemsize
+        end = offset + nbytes
+        entries.append(TensorEntry(name=name, dtype=dtype, shape=tuple(shape), offset=offset, nbytes=nbytes))
+    if not entries:
+        raise WeightsError("there is no tensor to pack")
+    return tuple(entries)
+
+
+def sealed(version: WeightsVersion) -> WeightsVersion:
+    """With the digest of what it says."""
+    return replace(version, digest=_digest(version))
+
+
+def check_seal(version: WeightsVersion) -> None:
+    """Raise WeightsError when the table contradicts itself, or is not the one that its checksum is of."""
+    _check_table(version.tensors)
+    if _digest(version) != version.digest:
+        raise WeightsError(f"weights version {version.version}: its table is not the one that its checksum is of")
 
 
 def unpack(version: WeightsVersion, payload: Bytes) -> dict[str, Array]:
@@ -102,8 +121,7 @@ def unpack(version: WeightsVersion, payload: Bytes) -> dict[str, Array]:
     end = max(entry.offset + entry.nbytes for entry in version.tensors)
     if payload.size != end:
         raise WeightsError(f"weights version {version.version}: payload has {payload.size} bytes, its table says {end}")
-    if _digest(version) != version.digest:
-        raise WeightsError(f"weights version {version.version}: its table is not the one that its checksum is of")
+    check_seal(version)
     found = tuple(xxhash.xxh3_64_intdigest(payload[part].data) for part in buckets(payload.size))
     if found != version.checksums:
         damaged = [

@@ -7,7 +7,9 @@ What both promise:
   * a completion has at least one token, ends at the stop token or at `max_new_tokens`, and keeps the stop token;
   * log-probs belong to the distribution that was really sampled from; missing ones are NaN;
   * every token knows the weights version that wrote it;
-  * weights are checked whole before the first of them is touched: refused weights leave the old ones serving.
+  * weights are checked whole before the first of them is touched: refused weights leave the old ones serving. Only
+    those that come from the learner's device one by one are checked one by one, and if they stop midway, nothing is
+    written until a later version is whole.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Literal, Protocol
 from potstill.config import SamplingConfig
 from potstill.config_weights import InFlight
 from potstill.errors import ConfigError
-from potstill.tokenization import check_model_folder
+from potstill.model_folder import check_model_folder
+from potstill.transports.device import Stream
 from potstill.types import FinishReason, FloatArray, IntArray, WeightsVersion
 from potstill.weights import Bytes
 
@@ -86,16 +89,19 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def load_weights(self, version: WeightsVersion, payload: Bytes, in_flight: InFlight = "keep") -> float:
+    async def load_weights(
+        self, version: WeightsVersion, payload: Bytes | Stream, in_flight: InFlight = "keep"
+    ) -> float:
         """Swap to a later version, whole or not at all. Returns the seconds for which nothing could be written.
 
-        payload    may stay in use until the version after it is loaded
+        payload    may stay in use until the version after it is loaded; a Stream is for vLLM alone
         in_flight  what becomes of completions that are being written, see WeightsConfig. "abort" ends those that have
                    a token; the others begin under the new weights.
         Checking and packing go on beside the writing. What is kept is read again from its first token, so that no
         token depends on keys and values of two versions.
-        Raises StaleWeights for a version not later than the one loaded, WeightsError for damaged or foreign tensors,
-        WorkerLost when the swap itself fails: an engine with half of a version ends and serves nobody.
+        Raises StaleWeights for a version not later than the one loaded, or one that stopped coming; WeightsError for
+        damaged or foreign tensors; WorkerLost when the swap itself fails: an engine that cannot load ends and serves
+        nobody.
         """
         ...
 

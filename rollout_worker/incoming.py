@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from potstill.errors import WeightsError
+from potstill.transports.device import Stream
 from potstill.types import WeightsVersion
-from potstill.weights import Bytes, check_fits, shapes_in, unpack
+from potstill.weights import Bytes, check_fits, check_seal, shapes_in, unpack
+from rollout_worker.arriving import Coming, Here, Weights
 from rollout_worker.tensors import as_tensor
 
 A, B = ".lora_A.weight", ".lora_B.weight"  # [rank, in] and [out, rank], after the name of the matrix without .weight
@@ -27,6 +30,14 @@ class Incoming:
         self._model = model
         self._dtype = dtype
         self.shapes = shapes_in(model)
+
+    def weights(self, version: WeightsVersion, opened: Bytes | Stream) -> Weights:
+        """What an engine loads. Raises WeightsError for what is damaged or not the student's, as far as it is here."""
+        if isinstance(opened, np.ndarray):
+            return Here(self.tensors(version, opened))
+        check_seal(version)
+        check_fits(version, self.shapes, self._dtype)
+        return Coming(version, opened)
 
     def tensors(self, version: WeightsVersion, payload: Bytes) -> dict[str, Tensor]:
         """Every weight of the student by name, on the CPU. Rounded ones are bfloat16; those that read them widen them.

@@ -30,6 +30,7 @@ from transformers import AutoConfig
 from potstill.config import SamplingConfig
 from potstill.config_weights import InFlight
 from potstill.errors import WorkerLost
+from potstill.transports.device import Stream
 from potstill.types import FinishReason, IntArray, WeightsVersion
 from potstill.weights import Bytes, check_newer
 from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
@@ -112,7 +113,10 @@ class TransformersEngine:
         )
         return await self._in_thread(lambda: self._write_all(requests, sampling, want_logprobs, support_k))
 
-    async def load_weights(self, version: WeightsVersion, payload: Bytes, in_flight: InFlight = "keep") -> float:
+    async def load_weights(
+        self, version: WeightsVersion, payload: Bytes | Stream, in_flight: InFlight = "keep"
+    ) -> float:
+        assert isinstance(payload, np.ndarray), "checked by the plan"
         async with self._loading:
             check_newer(self._version, version.version)
             self._refuse_closed()

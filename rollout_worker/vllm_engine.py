@@ -7,8 +7,9 @@
 
 Requests join at any time. Weights are swapped between two steps. Requests in flight go on: their keys and values are
 computed anew by the new weights, and every token keeps the version that wrote it. Or they end first, while new ones are
-held back, or they are aborted. A dead engine is not revived: all that waits for it gets WorkerLost. No sampling
-parameter is left to the model's generation_config.json.
+held back, or they are aborted. Weights that stop on their way from the learner's device leave half of a version: then
+no step is made, whatever is asked, until a version has come whole. A dead engine is not revived: all that waits for it
+gets WorkerLost. No sampling parameter is left to the model's generation_config.json.
 Several engines of one process take turns; close them together, because vLLM's own shutdown is the process's.
 """
 
@@ -23,11 +24,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -38,8 +37,11 @@ from vllm.v1.engine import FinishReason as VllmFinishReason
 from potstill.config import SamplingConfig
 from potstill.config_weights import InFlight
 from potstill.errors import ConfigError, NonFinite, WeightsError, WorkerLost
+from potstill.transports.device import Stream
 from potstill.types import FinishReason, WeightsVersion
 from potstill.weights import Bytes, check_newer
+from rollout_worker import vllm_loading
+from rollout_worker.arriving import Weights
 from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
 from rollout_worker.incoming import Incoming
 from rollout_worker.sampling import vllm_arguments
@@ -48,6 +50,7 @@ from rollout_worker.vllm_sampler import StudentSampler
 CACHE_BYTES = 1 << 29  # of keys and values; vLLM otherwise takes a large part of the machine's memory
 MAX_SEQUENCES = 256  # written side by side; more wait their turn
 BATCHED_TOKENS = 8192  # of one step; raised where one whole text needs more, because none is prefilled in parts
+TEARS = 3  # versions in a row that stopped midway, after which another process is tried
 
 _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORTED}
 
@@ -83,6 +86,7 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._draining: Callable[[], None] | None = None  # the swap that waits for those in flight to end
         self._held: dict[str, Callable[[], None]] = {}  # requests that wait for that swap, by name
+        self._torn = 0  # versions in a row of which only a part is loaded
         started: Future[LLMEngine] = Future()
         self._thread = threading.Thread(target=self._run, args=(started, model, threads), name="vllm", daemon=True)
         self._thread.start()
@@ -105,13 +109,15 @@ class VllmEngine:
         has_logprobs = want_logprobs and sampling.temperature > 0
         return [_completion(output, has_logprobs, self._num_draws, support_k) for output in outputs]
 
-    async def load_weights(self, version: WeightsVersion, payload: Bytes, in_flight: InFlight = "keep") -> float:
+    async def load_weights(
+        self, version: WeightsVersion, payload: Bytes | Stream, in_flight: InFlight = "keep"
+    ) -> float:
         async with self._swapping:
             check_newer(self._version, version.version)
-            tensors = await asyncio.to_thread(self._incoming.tensors, version, payload)
+            weights = await asyncio.to_thread(self._incoming.weights, version, payload)
             swapped: Future[float] = Future()
             swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
-            swap = partial(self._swap, version.version, tensors, in_flight, swapped)
+            swap = partial(self._swap, version.version, weights, in_flight, swapped)
             await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
             return await asyncio.wrap_future(swapped)
 
@@ -167,8 +173,9 @@ class VllmEngine:
         try:
             while self._stopped is None:
                 if self._draining is not None and not engine.has_unfinished_requests():
-                    self._end_of_drain()
-                if not engine.has_unfinished_requests() or not self._inbox.empty():
+                    with _ONE_AT_A_TIME:
+                        self._end_of_drain()
+                if self._torn or not engine.has_unfinished_requests() or not self._inbox.empty():
                     self._serve(*self._inbox.get())
                     continue
                 with _ONE_AT_A_TIME:
@@ -217,7 +224,10 @@ class VllmEngine:
 
     def _drain(self, swap: Callable[[], None]) -> None:
         """Swap when nothing is in flight, and begin nothing until then."""
-        self._draining = swap
+        if self._torn:  # what waits has not begun
+            swap()
+        else:
+            self._draining = swap
 
     def _end_of_drain(self) -> None:
         swap, self._draining = self._draining, None
@@ -227,24 +237,43 @@ class VllmEngine:
         for add in held.values():
             add()
 
-    def _swap(self, version: int, tensors: dict[str, Tensor], in_flight: InFlight, swapped: Future[float]) -> None:
+    def _swap(self, version: int, weights: Weights, in_flight: InFlight, swapped: Future[float]) -> None:
         began = time.perf_counter()
+        try:
+            weights.begin()
+        except WeightsError as error:
+            swapped.set_exception(error)  # nothing is touched
+            return
         try:
             if in_flight == "abort":
                 self._abort_begun()
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
-            self._engine.apply_model(_repack_head)
-            # Cached keys and values are the old weights': what is in flight is read again from its first token.
-            if not self._engine.reset_prefix_cache(reset_running_requests=True):
-                raise WeightsError(f"weights version {version}: vLLM kept keys and values of the old weights")
+            self._load(weights)
+        except WeightsError as error:
+            self._torn += 1
+            if self._torn < TEARS:
+                swapped.set_exception(error)
+            else:
+                self._give_up(f"{TEARS} versions in a row came by half, the last {version}: {error}", swapped)
+            return
         except BaseException as error:
-            reason = f"weights version {version} was loaded by half: {type(error).__name__}"
-            swapped.set_exception(WorkerLost(reason))
-            self._stop(reason)
+            self._give_up(f"weights version {version} was loaded by half: {type(error).__name__}", swapped)
             raise
         self._engine.set_weight_version(str(version))
-        self._version = version
+        self._version, self._torn = version, 0
         swapped.set_result(time.perf_counter() - began)
+
+    def _load(self, weights: Weights) -> None:
+        self._engine.collective_rpc("start_weight_update")
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": iter(weights)}})
+        self._engine.collective_rpc("finish_weight_update")
+        weights.end()
+        # Cached keys and values are the old weights': what is in flight is read again from its first token.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM kept keys and values of the old weights")
+
+    def _give_up(self, reason: str, swapped: Future[float]) -> None:
+        swapped.set_exception(WorkerLost(reason))
+        self._stop(reason)
 
     def _abort_begun(self) -> None:
         """End every completion that has a token, with what it has."""
@@ -278,6 +307,7 @@ def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEn
             model=str(model),
             skip_tokenizer_init=True,
             trust_remote_code=False,
+            load_format="safetensors",
             dtype=dtype,
             seed=0,  # every request that samples brings its own
             max_model_len=max_model_len,
@@ -291,17 +321,11 @@ def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEn
             logprobs_mode="processed_logprobs",
             max_logprobs=-1,
             disable_log_stats=True,
+            weight_transfer_config=vllm_loading.config(),
         )
     )
     engine.model_executor.driver_worker.model_runner.sampler = StudentSampler(num_draws)
     return engine
-
-
-def _repack_head(model: Any) -> None:
-    """Reloading leaves the packed copy of a head that is tied to the embedding as it was: pack it again."""
-    head = model.lm_head
-    if hasattr(head, "cpu_linear"):
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _completion(output: CompletionOutput, has_logprobs: bool, num_draws: int, support_k: int) -> Completion:

@@ -3,8 +3,11 @@
     learner   publisher.publish(tensors, n)  ──►  WeightsVersion n, its payload a small slip that travels by any message
     worker    version.payload.open(kept)     ──►  the bytes, read-only; potstill/weights.py checks and unpacks them
 
-No file here knows a model or a checksum, and none imports torch. Ray is imported by those who use its object store,
-when they do. What is opened stays as it is for as long as the array, or a view into it, lives.
+No file here knows a model or, but for rows.py, a checksum. What is opened stays as it is for as long as the array, or a
+view into it, lives. Ray is imported by those who use its object store, when they do.
+
+From device to device there are no bytes in memory that could be handed out: device.py has a slip of its own kind, which
+opens a Stream. It alone needs torch, through links.py and rows.py.
 """
 
 from __future__ import annotations

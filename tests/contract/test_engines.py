@@ -22,6 +22,7 @@ from potstill.config_weights import InFlight
 from potstill.errors import ConfigError, StaleWeights, WeightsError, WorkerLost
 from potstill.types import FinishReason
 from potstill.weights import pack
+from rollout_worker.arriving import Here
 from rollout_worker.engine import Completion, GenerationRequest, build_engine
 from rollout_worker.sampling import processed_logits, vllm_arguments
 from tests.benches import Bench, Student, requests, sampling
@@ -413,7 +414,7 @@ def test_when_an_engine_ends_everybody_who_waits_is_told_and_half_a_version_ends
         if bench.name == "vllm":
             with pytest.raises(WorkerLost, match="MemoryError"):
                 await bench.engine._between_steps(
-                    partial(bench.engine._swap, version, weights, "keep", Future[float]())
+                    partial(bench.engine._swap, version, Here(weights), "keep", Future[float]())
                 )
             with pytest.raises(WorkerLost, match=f"version {version} was loaded by half"):
                 await bench.engine.generate(MIXED, sampling(5), want_logprobs=True, support_k=0)

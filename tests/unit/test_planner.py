@@ -201,6 +201,12 @@ def test_a_discriminator_needs_no_verifier_and_is_held_in_float32_beside_the_stu
     assert in_bfloat16.learner_bytes == 12 * parameters + 16 * parameters
 
 
+def test_the_plan_says_how_weights_will_travel(model: Path):
+    assert plan(make_config(model)).weights == "shared_memory on one host, object_store between hosts"
+    named = plan(make_config(model, "weights.transport=device", "rollout.engine=vllm")).weights
+    assert named.startswith("device: as weights.transport says; gloo from CPU to CPU")
+
+
 def test_a_model_folder_without_weights_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no \*\.safetensors there"):
         plan(make_config(tmp_path))
