@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.service.catalog import Catalog
@@ -18,6 +19,9 @@ from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once
 from potstill.calling.guard import Guard
+from potstill.config_file import apply_override
+from potstill.errors import ConfigError
+from tests.service_configs import submitted
 
 
 def model(folder: Path) -> Path:
@@ -33,6 +37,44 @@ def prompts(file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"prompt": "1 + 1 = ?", "solution": "2"}) + "\n")
     return file
+
+
+def furnish(folder: Path) -> Path:
+    """Models, data and a secret that may be named, others outside, and links of all kinds."""
+    model(folder / "models/small")
+    model(folder / "models/org/large")
+    model(folder / "outside/secret")
+    model(folder / "published/mine")
+    prompts(folder / "data/maths.jsonl")
+    prompts(folder / "data/more/code.jsonl")
+    prompts(folder / "outside/secret.jsonl")
+    (folder / "models/out").symlink_to(folder / "outside/secret")
+    (folder / "models/up").symlink_to("..")
+    (folder / "models/alias").symlink_to("small")
+    (folder / "data/out.jsonl").symlink_to(folder / "outside/secret.jsonl")
+    (folder / "secrets").mkdir()
+    (folder / "secrets/key").write_text("hunter2")
+    return folder
+
+
+def body(**overrides: Any) -> dict[str, Any]:
+    """A run of what `furnish` makes; `student__model="x"` overrides student.model."""
+    raw = submitted() | {"student": {"model": "small"}, "data": {"kind": "jsonl", "path": "maths.jsonl"}}
+    for key, value in overrides.items():
+        apply_override(raw, key.replace("__", "."), value)
+    return raw
+
+
+def lines(catalog: Catalog, raw: dict[str, Any], who: Principal) -> list[str]:
+    """What is wrong with it, a line a mistake."""
+    with pytest.raises(ConfigError) as caught:
+        catalog.resolve(raw, who)
+    return str(caught.value).splitlines()
+
+
+def allowed(folder: Path) -> tuple[str, ...]:
+    """Below which a catalog may open something."""
+    return tuple(str(folder / name) for name in ("models", "data", "published", "uploads", "runs", "potstill.db"))
 
 
 def principal(owner: str, *scopes: Scope) -> Principal:

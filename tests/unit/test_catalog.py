@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from orchestrator.service.catalog import Catalog
 from orchestrator.service.principals import Principal
-from orchestrator.service.registry import KINDS
 from orchestrator.service.store.files import File, new_file_id
 from orchestrator.service.store.runs import NewRun
 from potstill.config import RunConfig
 from potstill.config_file import apply_override
 from potstill.errors import ConfigError, ServiceError
-from potstill.references import Stands, references, stands_for
-from potstill.section import models_in
+from potstill.references import references
 from tests import catalogs
-from tests.catalogs import once, principal, watched
-from tests.service_configs import submitted
+from tests.catalogs import allowed, body, once, principal, watched
 
 ANNA, BEN = principal("anna"), principal("ben")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    catalogs.model(tmp_path / "models/small")
-    catalogs.model(tmp_path / "models/org/large")
-    catalogs.model(tmp_path / "outside/secret")
-    catalogs.model(tmp_path / "published/mine")
-    catalogs.prompts(tmp_path / "data/maths.jsonl")
-    catalogs.prompts(tmp_path / "data/more/code.jsonl")
-    catalogs.prompts(tmp_path / "outside/secret.jsonl")
-    (tmp_path / "models/out").symlink_to(tmp_path / "outside/secret")
-    (tmp_path / "models/up").symlink_to("..")
-    (tmp_path / "models/alias").symlink_to("small")
-    (tmp_path / "data/out.jsonl").symlink_to(tmp_path / "outside/secret.jsonl")
-    (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets/key").write_text("hunter2")
-    return tmp_path
+    return catalogs.furnish(tmp_path)
 
 
 @pytest.fixture
@@ -55,25 +37,8 @@ def catalog(folder: Path) -> Iterator[Catalog]:
         yield opened
 
 
-def body(**overrides: Any) -> dict[str, Any]:
-    raw = submitted() | {"student": {"model": "small"}, "data": {"kind": "jsonl", "path": "maths.jsonl"}}
-    for key, value in overrides.items():
-        apply_override(raw, key.replace("__", "."), value)
-    return raw
-
-
 def lines(catalog: Catalog, raw: dict[str, Any], who: Principal = ANNA) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        catalog.resolve(raw, who)
-    return str(caught.value).splitlines()
-
-
-def register(catalog: Catalog, name: str, **table: Any) -> None:
-    catalog._store.teachers.add(name, catalog.registry.checked(table), once())
-
-
-SERVER = {"kind": "server", "url": "http://127.0.0.1:8001", "secret_ref": "file:key"}
-OPENAI = {"kind": "openai", "url": "https://api.example.com", "model": "big", "secret_ref": "env:POTSTILL_SECRET_API"}
+    return catalogs.lines(catalog, raw, who)
 
 
 # Names that are something here
@@ -165,10 +130,6 @@ def naming(place: str, name: str) -> dict[str, Any]:
     else:
         apply_override(raw, place, name)
     return raw
-
-
-def allowed(folder: Path) -> tuple[str, ...]:
-    return tuple(str(folder / name) for name in ("models", "data", "published", "uploads", "runs", "potstill.db"))
 
 
 def test_the_list_of_hostile_names_is_long_and_has_none_twice() -> None:
@@ -343,137 +304,6 @@ def test_a_checkpoint_is_named_by_the_owner_of_its_run(catalog: Catalog, folder:
     assert "no such checkpoint" in lines(catalog, body(student__model="run/one/step-000004"))[0]
 
 
-# Registered teachers
-
-
-def borrowing(name: Any = "api", **more: Any) -> dict[str, Any]:
-    return {"kind": "registered", "name": name, **more}
-
-
-def test_a_registered_teacher_lends_its_url_and_its_secret(catalog: Catalog, folder: Path) -> None:
-    register(catalog, "big", **SERVER, tokenizer="small")
-    teacher = catalog.resolve(body(teacher=borrowing("big", privileged_template="{prompt} {answer}")), ANNA).teacher
-    assert (teacher.url, teacher.secret_ref) == (SERVER["url"], f"file:{folder / 'secrets/key'}")
-    assert teacher.tokenizer == str(folder / "models/small")
-    assert teacher.privileged_template == "{prompt} {answer}"
-
-
-def test_answers_are_kept_for_each_owner_below_the_runs(catalog: Catalog, folder: Path) -> None:
-    register(catalog, "api", **OPENAI)
-    anna, again, ben = (
-        catalog.resolve(body(teacher=borrowing(instruction="Write: {prompt}")), who).teacher.answers
-        for who in (ANNA, principal("anna"), BEN)
-    )
-    assert anna == again != ben
-    assert Path(anna).parent == Path(ben).parent == folder / "runs/.answers"
-    strange = catalog.resolve(body(teacher=borrowing()), principal("../../x\0\n")).teacher.answers
-    assert re.fullmatch(r"[0-9a-f]{32}\.sqlite", Path(strange).name)
-
-
-def test_members_and_advisors_are_borrowed_alike(catalog: Catalog) -> None:
-    register(catalog, "big", **SERVER)
-    register(catalog, "api", **OPENAI)
-    members = {
-        "a": {"teacher": borrowing("big"), "domains": ["x"]},
-        "b": {"teacher": {"kind": "server", "model": "small"}},
-    }
-    teacher = catalog.resolve(body(teacher={"kind": "several", "members": members}), ANNA).teacher
-    assert teacher.members["a"].teacher.url == SERVER["url"]
-    advised = {
-        "kind": "self",
-        "privileged_template": "{advice}",
-        "advisor": borrowing("api", instruction="Help: {prompt}"),
-    }
-    advisor = catalog.resolve(body(teacher=advised), ANNA).teacher.advisor
-    assert (advisor.url, advisor.instruction) == (OPENAI["url"], "Help: {prompt}")
-
-
-@pytest.mark.parametrize(
-    ("borrowed", "said"),
-    [
-        (borrowing("bigg"), "teacher.name: no teacher 'bigg' is registered; did you mean 'big'?"),
-        (borrowing("../big"), "teacher.name: no teacher '../big' is registered"),
-        (borrowing("BIG"), "teacher.name: no teacher 'BIG' is registered"),
-        (borrowing(None), "teacher.name: no teacher 'None' is registered"),
-        (borrowing({"x": 1}), "teacher.name: no teacher"),
-        (borrowing("big", url="http://10.0.0.1"), "teacher.url: is not the run's to say of a registered teacher"),
-        (borrowing("big", secret_ref="env:HOME"), "teacher.secret_ref: is not the run's"),
-        (borrowing("big", replicas=["http://10.0.0.1"]), "teacher.replicas: is not the run's"),
-        (borrowing("big", follows="student"), "teacher.follows: is not the run's"),
-        (borrowing("api", answers="/etc/x"), "teacher.answers: is not the run's"),
-        (borrowing("api", budget=1e9), "teacher.budget: is not the run's"),
-        (borrowing("api", privileged_template="x"), "teacher.privileged_template: is not the run's"),
-        ({"kind": "self", "privileged_template": "{advice}", "advisor": borrowing("big")}, "teacher.advisor.name: big"),
-    ],
-)  # fmt: skip
-def test_what_a_run_may_not_say_of_a_registered_teacher(catalog: Catalog, borrowed: dict[str, Any], said: str) -> None:
-    register(catalog, "big", **SERVER)
-    register(catalog, "api", **OPENAI)
-    assert lines(catalog, body(teacher=borrowed))[0].startswith(said)
-
-
-def test_a_secret_that_has_gone_is_told_without_its_place(catalog: Catalog, folder: Path) -> None:
-    register(catalog, "big", **SERVER)
-    (folder / "secrets/key").unlink()
-    with pytest.raises(ServiceError) as caught:
-        catalog.resolve(body(teacher=borrowing("big")), ANNA)
-    assert caught.value.status == 503
-    assert str(folder) not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "keys"),
-    [
-        ({"secret_ref": "sk-live-hunter2"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "env:HOME"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "env:POTSTILL_RUN_TOKEN"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "file:/etc/passwd"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "file:../outside/secret.jsonl"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "file:absent"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "file:out"}, ["teacher.secret_ref"]),
-        ({"secret_ref": "file:key\n"}, ["teacher.secret_ref"]),
-        ({"url": "http://10.0.0.1:8001"}, ["teacher.url"]),
-        ({"url": "http://169.254.169.254"}, ["teacher.url"]),
-        ({"url": "http://me:hunter2@127.0.0.1:8001"}, ["teacher.url"]),
-        ({"replicas": ["http://127.0.0.1:2", "http://10.0.0.1"]}, ["teacher.replicas.1"]),
-        ({"tokenizer": "/etc"}, ["teacher.tokenizer"]),
-        ({"tokenizer": "out"}, ["teacher.tokenizer"]),
-        ({"head": "../outside/secret"}, ["teacher.head"]),
-        ({"follows": "student"}, ["teacher.follows"]),
-        ({"url": None, "secret_ref": None, "model": "small"}, ["teacher.model"]),
-        ({"api_key": "hunter2"}, ["teacher.api_key"]),
-        ({"kind": "self", "privileged_template": "x"}, ["teacher.kind"]),
-        ({"kind": "registered", "name": "big"}, ["teacher.kind"]),
-        ({"kind": "none"}, ["teacher.kind"]),
-        ({"kind": None}, ["teacher.kind"]),
-        ({"kind": "openai", "model": "m", "answers": "runs/x.sqlite"}, ["teacher.answers"]),
-        ({"deadline_s": -1}, ["teacher.deadline_s"]),
-    ],
-)
-def test_what_may_not_be_registered(catalog: Catalog, folder: Path, changes: dict[str, Any], keys: list[str]) -> None:
-    (folder / "secrets/out").symlink_to(folder / "outside/secret.jsonl")
-    table = {key: value for key, value in {**SERVER, **changes}.items() if value is not None}
-    with watched() as opened, pytest.raises(ConfigError) as caught:
-        catalog.registry.checked(table)
-    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == keys
-    assert "hunter2" not in str(caught.value)
-    assert str(folder) not in str(caught.value)
-    assert [path for path in opened if not path.startswith(allowed(folder))] == []
-
-
-def test_every_kind_that_is_called_can_be_registered(catalog: Catalog) -> None:
-    url, model = "https://x.example", "m"
-    tables = {
-        "server": SERVER,
-        "vllm": {"url": url, "model": model, "tokenizer": "small"},
-        "completions": {"url": url, "model": model, "context_length": 64},
-        "openai": OPENAI,
-    }
-    assert tables.keys() == KINDS.keys()
-    for kind, table in tables.items():
-        assert catalog.registry.checked({"kind": kind, **table}) == {"kind": kind, **table}
-
-
 # Checked before it is stored
 
 
@@ -490,79 +320,3 @@ def test_a_model_that_nobody_should_load_is_refused_by_its_key(catalog: Catalog,
         catalog.check(config)
     assert str(caught.value).startswith(f"{place}: modeling.py is code")
     assert str(folder) not in str(caught.value)
-
-
-# The schema itself
-
-SUGGESTIVE = re.compile(
-    r"(?i)\b(url|uri|path|file|folder|directory|https?|port|socket|host name)s?\b|[_/](ref|uri|url)$"
-)
-TEXTS = {  # texts and names that stand for nothing on a disk or in a network; a new one is put here, or marked
-    "RunConfig.name",  # by its pattern, one part of a path
-    "RunConfig.method",
-    "LoraConfig.target_modules",
-    "Objective.auxiliaries",
-    "PerDomain.weights",
-    "PerTeacher.weights",
-    "EndpointTeacher.revision",
-    "LocalModel.domains",
-    "Member.domains",
-    "SeveralTeachers.members",
-    "ProcessConfig.custom",
-    "Reading.privileged_template",
-    "RemoteWriter.instruction",
-    "OpenAITeacher.ranking",
-    "ReasoningGymData.dataset",
-    "WandbConfig.project",
-    "WandbConfig.entity",
-    "MlflowConfig.experiment",
-    "TrackioConfig.project",
-}
-READ = {"RunConfig.name", "LoopConfig.metrics_port"}  # whose docstrings speak of folders and ports, and were read
-
-
-def sections(model: type[BaseModel], seen: set[type[BaseModel]]) -> set[type[BaseModel]]:
-    if model not in seen:
-        seen.add(model)
-        for field in model.model_fields.values():
-            for inner in models_in(field.annotation):
-                sections(inner, seen)
-    return seen
-
-
-def is_text(annotation: Any) -> bool:
-    """Whether a client can put text of its own into the field."""
-    if annotation is str or get_origin(annotation) is Literal:
-        return annotation is str
-    return any(is_text(argument) for argument in get_args(annotation))
-
-
-def defined_in(model: type[BaseModel], name: str) -> str:
-    owner = next(base for base in reversed(model.__mro__) if name in getattr(base, "model_fields", {}))
-    return f"{owner.__name__}.{name}"
-
-
-def test_every_setting_that_takes_text_is_marked_or_known_to_stand_for_nothing() -> None:
-    found = {
-        defined_in(model, name)
-        for model in sections(RunConfig, set())
-        for name, field in model.model_fields.items()
-        if is_text(field.annotation) and stands_for(field) is None
-    }
-    assert found == TEXTS
-
-
-def test_no_setting_whose_name_or_docstring_suggests_a_place_is_unmarked() -> None:
-    found = {
-        defined_in(model, name)
-        for model in sections(RunConfig, set())
-        for name, field in model.model_fields.items()
-        if (is_text(field.annotation) or "port" in name.split("_")) and stands_for(field) is None
-        if SUGGESTIVE.search(name.replace("_", " ")) or SUGGESTIVE.search(field.description or "")
-    }
-    assert found <= READ
-
-
-def test_a_mark_is_found_behind_options_and_lists_of_them() -> None:
-    kinds = {stands for model in sections(RunConfig, set()) for stands in map(stands_for, model.model_fields.values())}
-    assert kinds - {None} == set(Stands)
