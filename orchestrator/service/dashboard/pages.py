@@ -33,7 +33,7 @@ from orchestrator.service.toml import dump_toml
 from potstill.errors import ServiceError
 from potstill.metrics import number
 
-ROWS, TEACHERS_SHOWN, SAMPLES_SHOWN, LOG_LINES = 50, 100, 12, 400
+ROWS, TEACHERS_SHOWN, FILES_SHOWN, SAMPLES_SHOWN, LOG_LINES = 50, 100, 20, 12, 400
 EVENTS_SHOWN, EVENTS_A_PAGE, EVALUATIONS = 12, 200, 1000
 REPORT, MAX_REPORT_BYTES = "report.html", 16 << 20
 LATELY = 100  # events among which a run's last steps are
@@ -208,9 +208,10 @@ def submit(view: Viewing, recipe: Annotated[str, Query(max_length=63)] = recipes
         recipe=recipe,
         text=recipes.text(recipe),
         about=next(one.about for one in recipes.names() if one.name == recipe),
-        teachers=[
-            teacher.id for teacher in view.state.store.teachers.page(Page(limit=TEACHERS_SHOWN, ascending=True))[0]
-        ],
+        models=view.state.catalog.models(),
+        datasets=view.state.catalog.datasets(),
+        files=view.state.store.files.page(view.who, Page(limit=FILES_SHOWN))[0],
+        teachers=view.state.store.teachers.page(Page(limit=TEACHERS_SHOWN, ascending=True))[0],
         may_write=view.may_write,
     )
 

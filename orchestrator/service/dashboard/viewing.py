@@ -88,7 +88,7 @@ def refused(request: Request, error: ServiceError) -> Response:
         return _to_the_door(request)
     title = _TITLES.get(status, "That did not work")
     said = {"title": title, "message": sentence(str(error)), "request_id": request.state.request_id}
-    return page(request, "refusal.html.j2", who=None, status=status, **said)
+    return page(request, "refusal.html.j2", who=request.state.principal, status=status, **said)
 
 
 def sentence(text: str) -> str:

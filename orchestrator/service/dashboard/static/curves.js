@@ -11,7 +11,7 @@ const FORMATS = {
   whole: (value) => Math.round(value).toLocaleString("en"),
   plain: (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3))),
 };
-const nothing = "–";
+const AXES = { step: "step #", tokens_trained: "# tokens", seconds_total: "# s" }, nothing = "–";
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -96,7 +96,8 @@ function optionsOf(figure, lines) {
 
 /** Writes what the lines are at the cursor, or at their end, beside their names. */
 function readOut(figure, lines, plot) {
-  const at = plot?.cursor.idx ?? null;
+  const at = plot?.cursor.idx ?? null, x = at === null ? null : FORMATS.whole(plot.data[0][at]);
+  figure.querySelector(".at").textContent = x === null ? "" : AXES[axis].replace("#", x);
   lines.forEach(({ shows, ys }, number) => {
     if (!shows) return;
     const value = (at === null ? ys : plot.data[number + 1].slice(0, at + 1)).findLast((y) => y !== null && y !== undefined);

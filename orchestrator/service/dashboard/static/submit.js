@@ -60,11 +60,18 @@ function show({ config, plan: found, warnings, estimate }) {
 }
 
 function flat(table) {
-  return Object.entries(table ?? {}).filter(([, value]) => value !== null && String(value) !== "").map(([name, value]) => [name.replaceAll("_", " "), worded(name, value)]);
+  const said = Object.entries(table ?? {}).filter(([, value]) => value !== null && String(value) !== "");
+  return said.map(([name, value]) => [name.replace(/_bytes$/, " memory").replaceAll("_", " "), worded(name, value)]);
+}
+
+/** As words.size says it. */
+function size(bytes) {
+  const power = Math.min(4, Math.max(0, Math.floor(Math.log10(bytes || 1) / 3)));
+  return `${+(bytes / 1000 ** power).toPrecision(3)} ${["bytes", "kB", "MB", "GB", "TB"][power]}`;
 }
 
 function worded(name, value) {
-  if (name.endsWith("_bytes")) return `${(value / 1e9).toPrecision(3)} GB`;
+  if (name.endsWith("_bytes")) return size(value);
   if (typeof value === "number") return value.toLocaleString("en");
   return Array.isArray(value) ? value.join("\n") : typeof value === "object" ? JSON.stringify(value) : String(value);
 }
