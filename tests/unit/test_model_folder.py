@@ -27,6 +27,7 @@ from potstill.errors import ConfigError
 from potstill.model_folder import CODE, PICKLES, check_model_folder, why_unsafe
 from potstill.tokenization import load_tokenizer
 from rollout_worker.model_decoder import ModelDecoder
+from tests import pickles
 from tests.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -43,19 +44,9 @@ def sound(folder: Path) -> Path:
     return folder
 
 
-class Canary:
-    """Pickled, it writes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self._path),)
-
-
 def put_canary(file: Path, canary: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps(Canary(canary)))
+    file.write_bytes(pickles.canary(canary))
 
 
 def edit(file: Path, **changes: Any) -> None:
