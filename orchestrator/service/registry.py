@@ -47,15 +47,25 @@ _VARIABLE = re.compile(r"env:POTSTILL_SECRET_[A-Z0-9_]{1,100}")
 
 
 class Registry:
-    """`shelves` are where the names of models and of tokenizers are looked up; `guard` says what may be called."""
+    """`shelves` are where the names of models and of tokenizers are looked up; `guard` says what may be called.
+
+    A probe may take `probe_s` seconds.
+    """
 
     def __init__(
-        self, teachers: Teachers, shelves: Mapping[Stands, Shelf], *, secrets: Path | None, guard: Guard
+        self,
+        teachers: Teachers,
+        shelves: Mapping[Stands, Shelf],
+        *,
+        secrets: Path | None,
+        guard: Guard,
+        probe_s: float = 60.0,
     ) -> None:
         self._teachers = teachers
         self._shelves = shelves
         self._secrets = None if secrets is None else secrets.resolve()
         self.guard = guard
+        self.probe_s = probe_s
 
     # ------------------------------------------------------------------------------------------------ registering
 

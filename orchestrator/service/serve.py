@@ -142,7 +142,7 @@ def compose(
         poll_s=poll_s,
         lease_s=lease_s,
         slots=options.slots,
-        chores=[lambda held: expire(held, runs)],
+        chores=[lambda held: expire(held, runs), lambda _held: catalog.uploads.sweep()],
     )
     following = Following(store, poll_s=min(FOLLOW_S, poll_s))
     return ServiceState(

@@ -184,6 +184,10 @@ def test_a_probe_of_nobody_says_so_in_time(service: Service) -> None:
         registered(service, "silent", server_at(server.url))
         probe = service.http.post("/v1/teachers/silent/probe", json={}).json()["probe"]
         assert (probe["usable"], probe["tier"], len(probe["problems"])) == (False, "TEXT", 1)
+        registered(service, "patient", server_at(server.url, deadline_s=60))
+        service.state.catalog.registry.probe_s, usual = 0.5, service.state.catalog.registry.probe_s
+        assert error_of(service.http.post("/v1/teachers/patient/probe", json={})) == (504, "probe_timeout")
+        service.state.catalog.registry.probe_s = usual
     with scripted(lambda *_: (200, {"hello": "<script>"})) as server:
         registered(service, "stranger", server_at(server.url))
         response = service.http.post("/v1/teachers/stranger/probe", json={})

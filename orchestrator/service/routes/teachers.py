@@ -37,7 +37,6 @@ from potstill.probing.asking import FoundScorer, FoundWriter, of_table
 
 router = APIRouter(prefix="/v1/teachers", tags=["teachers"])
 
-PROBE_S = 60.0
 _SHOWN = ("kind", "model", "revision", "context_length", "tokenizer", "price_in", "price_out", "budget", "ranks")
 
 
@@ -143,9 +142,9 @@ def _probed(registry: Registry, teacher: Teacher, tokenizer: str | None) -> Foun
     folder = tokenizer_of(registry, own, tokenizer) if needs_tokens or tokenizer is not None else None
     work = of_table(table, access, tokenizer=folder, guard=registry.guard)
     try:
-        return asyncio.run(asyncio.wait_for(work, PROBE_S))
+        return asyncio.run(asyncio.wait_for(work, registry.probe_s))
     except TimeoutError:
-        raise ServiceError(f"the teacher was not probed within {PROBE_S:g} s", 504, "probe_timeout") from None
+        raise ServiceError(f"the probe took longer than {registry.probe_s:g} s", 504, "probe_timeout") from None
     except ConfigError:  # which tells where it is, or where its tokenizer lies
         message = "the teacher cannot be called, or its tokenizer not be read: register it anew"
         raise ServiceError(message, 503, "teacher_not_called") from None
