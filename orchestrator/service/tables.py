@@ -45,7 +45,7 @@ class Table:
         return text.getvalue().encode()
 
     def parquet(self) -> bytes:
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
         from pyarrow import parquet
 
         arrays = [pa.array(column, type=pa.float64(), from_pandas=True) for column in self.columns.values()]
