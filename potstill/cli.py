@@ -78,8 +78,10 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     from potstill.config_file import load
     from potstill.inspection import decoded_sample
     from potstill.planner import plan
+    from potstill.sinks.opening import ready
 
     resolved = load(config, overrides or [])
+    ready(resolved.sinks)
     found = {
         "config": resolved.model_dump(mode="json"),
         "plan": plan(resolved).as_dict(),

@@ -67,20 +67,34 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: write key.path=value")
-    *parents, last = key.strip().split(".")
+    try:
+        apply_override(raw, key.strip(), override_value(text))
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def apply_override(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a plain mapping. Raises ConfigError where a part of the key is a value, not a table."""
+    *parents, last = key.split(".")
     for parent in parents:
         raw = raw.setdefault(parent, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a table")
+            raise ConfigError(f"{key}: {parent} is a value, not a table")
+    raw[last] = value
+
+
+def override_value(text: str) -> Any:
+    """What the text behind the = of an override means: a number, true or false, a list, a table, else the text."""
     try:
-        raw[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raw[last] = text
-    if isinstance(raw[last], str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            raw[last] = float(raw[last])
-        except ValueError:
-            raw[last] = text
+        return text
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)  # YAML 1.1 reads 1e-4 as text
+    except ValueError:
+        return text
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
