@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_RECORDS = 200  # of one stream in one report
 MAX_BYTES = 1 << 20  # of one stream in one report, but for its last line
 _HOPELESS = frozenset({400, 401, 403, 404, 413, 415, 422})  # the same report would be refused again
+GATHER_S = 0.1  # between two reports that say all there is: a service with many runs takes one of ten events as easily
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
 
 Sequence = Annotated[int, Field(ge=1, lt=2**53)]
@@ -157,7 +158,7 @@ class HttpReporter:
         )
         self._tails = {"events": Tail(folder / "events.jsonl"), "metrics": Tail(folder / "metrics.jsonl")}
         self._statuses: deque[Mapping[str, Any]] = deque()
-        self._wake = threading.Event()
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._refused = False
         self._deadline: float | None = None  # set by close: time.monotonic() after which the sender gives up
         self._thread = threading.Thread(target=self._send_all, name="potstill-reporter", daemon=True)
@@ -172,6 +173,7 @@ class HttpReporter:
     def close(self, timeout_s: float) -> bool:
         """Send what is left, for at most `timeout_s`. False when something did not arrive; it stays on disk."""
         self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
         self._wake.set()
         self._thread.join(timeout_s + 1.0)
         return not self._thread.is_alive() and self._pending() is None
@@ -186,6 +188,8 @@ class HttpReporter:
                 self._wake.clear()
             elif self._send(report):
                 delay_s = _FIRST_DELAY_S
+                if all(tail.drained for tail in self._tails.values()):
+                    self._closing.wait(GATHER_S)
             elif not self._refused and self._wait(delay_s):
                 delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
             else:

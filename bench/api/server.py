@@ -16,7 +16,7 @@ from orchestrator.service.jobs import Job
 from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
 from orchestrator.service.runs import Run
-from orchestrator.service.serve import compose
+from orchestrator.service.serve import SHUTDOWN_S, compose
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from tests.services import options
@@ -50,7 +50,16 @@ def main() -> None:
     launcher = EndlessJobs({run.submission_id: _alive() for run in store.runs.unfinished()})
     state = compose(store, launcher, Signer(SECRET), options(folder, database, slots=SLOTS), holder="bench")
     app = create_app(state, measures=Measures(store))
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, access_log=False, backlog=1024)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_config=None,
+        access_log=False,
+        backlog=1024,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    uvicorn.Server(config).run()
 
 
 def _alive() -> Job:

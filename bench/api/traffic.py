@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ class Seen:
     """Times in seconds."""
 
     answered_s: dict[str, list[float]] = field(default_factory=dict)  # by kind of request
-    refused: dict[str, int] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)  # by kind and status
     delivered_s: list[float] = field(default_factory=list)  # from an event to one of its readers
     reported: dict[str, int] = field(default_factory=dict)  # events that the service acknowledged, by run
     records: list[int] = field(default_factory=list)  # in each report
@@ -119,8 +120,9 @@ async def every(seconds: float, look: Callable[[], None]) -> None:
 
 async def _one(caller: Caller, kind: str, message: bytes, due: float, seen: Seen) -> None:
     answer = await caller.call(message)
-    if answer is None or not 200 <= answer[0] < 300:
-        seen.refused[kind] = seen.refused.get(kind, 0) + 1
+    status = 0 if answer is None else answer[0]  # 0: more requests are under way than there are connections
+    if not 200 <= status < 300:
+        seen.refused[f"{kind} {status}"] += 1
     else:
         seen.answered_s.setdefault(kind, []).append(time.monotonic() - due)
 

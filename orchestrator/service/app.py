@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import potstill
-from orchestrator.service import dashboard, gate
+from orchestrator.service import dashboard, document, gate
 from orchestrator.service.authentication import Authentication
 from orchestrator.service.measures import Measures
 from orchestrator.service.routes import (
@@ -60,4 +60,5 @@ def create_app(state: ServiceState, *, hosts: Iterable[str] = (), measures: Meas
     for routes in ROUTERS:
         app.include_router(routes.router)
     dashboard.install(app)
+    document.install(app)
     return app

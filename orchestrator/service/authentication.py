@@ -48,13 +48,9 @@ class Authentication:
 
     def _check_job(self, run_id: str, headers: Headers) -> None:
         """Only the present job of a run reports about it, by the token that it was launched with."""
-        try:
-            submission_id = self._store.runs.get(run_id).submission_id
-        except ServiceError as error:
-            if error.status != 404:
-                raise
-            submission_id = ""  # whether the run exists is not a stranger's to know
-        if not self._signer.matches(submission_id, _bearer(headers)) or not submission_id:
+        job = self._store.runs.job(run_id)
+        # Whether the run exists is not a stranger's to know: the token is compared all the same.
+        if not self._signer.matches(job or "", _bearer(headers)) or job is None:
             raise ServiceError("this is not the token of the run's present job", 401, "invalid_token")
 
 

@@ -70,9 +70,9 @@ class Following:
                 elif arrived[0] > reached:
                     yield arrived[1]
         with suppress(ServiceError):  # the run was deleted, or the database is away: the client asks again
-            run = await asyncio.to_thread(self._store.runs.get, run_id)
-            if run.state.final:
-                yield format_sse_event(event="end", data_str=json.dumps({"status": run.state.value}))
+            state = await asyncio.to_thread(self._store.runs.state, run_id)
+            if state.final:
+                yield format_sse_event(event="end", data_str=json.dumps({"status": state.value}))
 
     @contextmanager
     def _counted(self, who: Principal) -> Iterator[None]:
@@ -113,14 +113,14 @@ class Following:
         """Hand out what comes, until the run is at its end: its last events are read after that is known."""
         with suppress(ServiceError):  # as above
             while True:
-                run = await asyncio.to_thread(self._store.runs.get, run_id)
+                state = await asyncio.to_thread(self._store.runs.state, run_id)
                 events = await asyncio.to_thread(
                     self._store.events.list, run_id, after=tail.seq, limit=EVENTS_AT_A_TIME
                 )
                 if events:
                     tail.seq = events[-1].seq
                     self._hand_out(tail, (tail.seq, _sent(events)))
-                elif run.state.final:
+                elif state.final:
                     break
                 await asyncio.sleep(0 if len(events) == EVENTS_AT_A_TIME else self._poll_s)
         del self._tails[run_id]

@@ -114,7 +114,7 @@ def _kinds(method: str, path: str, headers: Headers) -> tuple[str, ...]:
     return taken
 
 
-def json_object(request: Request) -> dict[str, Any]:
+async def json_object(request: Request) -> dict[str, Any]:
     """The request's body, which the gate has read."""
     body: dict[str, Any] = request.state.body
     return body

@@ -38,6 +38,21 @@ class Remarks(BaseModel):
     notes: Notes = ""
 
 
+# Of a body of POST /v1/runs. Its settings are described in docs/config.md, and by `potstill check`.
+_TABLES = ("student", "teacher", "data", "rollout", "optim", "loop")
+SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["name", "method", *_TABLES],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]{0,62}$"},
+        "method": {"type": "string"},
+        "seed": {"type": "integer"},
+        **{key: {"type": "object"} for key in _TABLES},
+        **Remarks.model_json_schema()["properties"],
+    },
+}
+
+
 class Changes(BaseModel):
     """Of PATCH: what is left out stays."""
 

@@ -41,7 +41,8 @@ from potstill.refusals import refusals
 
 TRIES = 3  # launches in a row, with no step done between, after which a run that loses its process has failed
 LEASE = "supervisor"
-LEASE_S = 10.0  # renewed before every step; what a frozen or killed service holds runs up by
+LEASE_S = 10.0  # what a frozen or killed service holds runs up by
+RENEWALS = 4  # of a lease in its time, so that a tick over a thousand runs is not a thousand writes
 LOG_TAIL_LINES = 20
 CHORES_S = 30.0  # between two rounds of housekeeping
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._chores = tuple(chores)
         self._chores_due = 0.0
         self._lease: Lease | None = None
+        self._renew_at = 0.0
         self._tries: dict[str, tuple[int, int]] = {}  # by run: its steps when it was lost last, and losses since then
         self._wake = threading.Event()
         self._ending = threading.Event()
@@ -146,6 +148,7 @@ class Supervisor:
                 self.tick()
                 self.problem = None
             except Fenced as error:
+                self._renew_at = 0.0
                 log.warning("%s", error)
             except ServiceError as error:
                 self.problem = str(error)
@@ -154,11 +157,14 @@ class Supervisor:
             self._wake.clear()
 
     def _hold(self) -> bool:
-        """Take or renew the lease; whether it is ours."""
+        """Take the lease, or renew it in time; whether it is ours. Every write asks for it again."""
+        if self._lease is not None and time.monotonic() < self._renew_at:
+            return True
+        began = time.monotonic()
         lease = self._shared.leases.take(LEASE, self._holder, self._lease_s)
         if lease is not None and lease != self._lease:
             self._store = self._shared.under(lease)
-        self._lease = lease
+        self._lease, self._renew_at = lease, began + self._lease_s / RENEWALS
         return lease is not None
 
     def _turn(self, runs: Sequence[Run]) -> list[Run]:

@@ -158,6 +158,19 @@ def test_the_table_names_every_route_of_the_document_and_no_other(place: Place):
     assert set(place.operations) == set(ALLOWED)
 
 
+def test_the_document_says_the_same_of_scopes(place: Place):
+    paths = place.service.http.get("/openapi.json").json()["paths"]
+    said = {inner["operationId"]: inner.get("security") for path in paths.values() for inner in path.values()}
+    for operation, allowed in ALLOWED.items():
+        if allowed == ANYBODY:
+            assert said[operation] is None
+        elif allowed == THE_RUN:
+            assert said[operation] == [{"run": []}]
+        else:
+            scopes = [allowed.value] if isinstance(allowed, Scope) else []
+            assert said[operation] == [{"key": scopes}, {"session": scopes}], operation
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("who", ["nobody", "garbage", "almost", "expired", "revoked", "a run"])
 def test_strangers_see_the_probes_and_nothing_else(place: Place, operation: str, who: str):

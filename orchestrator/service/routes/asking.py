@@ -1,6 +1,7 @@
 """What every route may depend on: who asks, with which right, over which store; pages, idempotency, the audit log.
 
-Refuses a key that lacks the scope that the route names. Whether there is one at all the gate has asked.
+Refuses a key that lacks the scope that the route names. Whether there is one at all the gate has asked. What waits for
+nothing is `async`: FastAPI sends everything else through a thread, one after the other.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header, Query, Request
@@ -21,20 +23,22 @@ from orchestrator.service.store.pages import Page
 from potstill.errors import ServiceError
 
 
-def the_state(request: Request) -> ServiceState:
+async def the_state(request: Request) -> ServiceState:
     state: ServiceState = request.app.state.service
     return state
 
 
-def the_store(request: Request) -> Store:
-    return the_state(request).store
-
-
 State = Annotated[ServiceState, Depends(the_state)]
+
+
+async def the_store(state: State) -> Store:
+    return state.store
+
+
 Stored = Annotated[Store, Depends(the_store)]
 
 
-def principal(request: Request) -> Principal:
+async def principal(request: Request) -> Principal:
     """Who asks, as the gate has found out. Raises ServiceError (401) where nobody does: on a page without a session."""
     who: Principal | None = request.state.principal
     if who is None:
@@ -42,14 +46,20 @@ def principal(request: Request) -> Principal:
     return who
 
 
-def asker(scope: Scope) -> Any:
-    """The principal, as a route's argument: `who: Annotated[Principal, asker(Scope.RUNS_READ)]`."""
+@dataclass(frozen=True, slots=True)
+class Required:
+    """A dependency: the principal, who must have a scope. The document reads the scope off it."""
 
-    def checked(who: Annotated[Principal, Depends(principal)]) -> Principal:
-        who.require(scope)
+    scope: Scope
+
+    async def __call__(self, who: Annotated[Principal, Depends(principal)]) -> Principal:
+        who.require(self.scope)
         return who
 
-    return Depends(checked)
+
+def asker(scope: Scope) -> Any:
+    """The principal, as a route's argument: `who: Annotated[Principal, asker(Scope.RUNS_READ)]`."""
+    return Depends(Required(scope))
 
 
 Reader = Annotated[Principal, asker(Scope.RUNS_READ)]
@@ -58,7 +68,7 @@ Admin = Annotated[Principal, asker(Scope.ADMIN)]
 TeachersAdmin = Annotated[Principal, asker(Scope.TEACHERS_ADMIN)]
 
 
-def paging(
+async def paging(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=100)] = None,
     order: Literal["asc", "desc"] = "desc",
@@ -76,7 +86,7 @@ def once(who: Principal, key: str | None, route: str, body: Mapping[str, Any] | 
     return Once(key_id=who.key_id, key=key, route=route, body_digest=hashlib.sha256(content).hexdigest())
 
 
-def auditing(request: Request, store: Stored) -> Callable[..., None]:
+async def auditing(request: Request, store: Stored) -> Callable[..., None]:
     """`audit(who, "run.cancel", run_id, …)`, under this request's id."""
 
     def record(who: Principal, action: str, object: str, **detail: Any) -> None:

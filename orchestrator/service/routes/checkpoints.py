@@ -25,7 +25,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
     206: {"content": {"application/octet-stream": {}}, "description": "The Range that was asked for"},
     304: {"description": "If-None-Match names it"},
-    416: {"description": "No byte is in that Range, or it has several"},
 }
 
 

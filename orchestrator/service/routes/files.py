@@ -93,7 +93,12 @@ def get_file(file_id: str, who: Reader, state: State) -> dict[str, Any]:
     return _resource(state.store.files.get(file_id, who))
 
 
-@router.get("/{file_id}/content", operation_id="get_file_content", response_class=FileResponse)
+@router.get(
+    "/{file_id}/content",
+    operation_id="get_file_content",
+    response_class=FileResponse,
+    responses={200: {"content": {media_type: {} for media_type in _MEDIA_TYPES.values()}}},
+)
 def get_content(file_id: str, who: Reader, state: State) -> FileResponse:
     """The file as it was sent."""
     file = state.store.files.get(file_id, who)

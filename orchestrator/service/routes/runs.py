@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.service import submissions
 from orchestrator.service.artifacts import delete_run as delete_with_artifacts
-from orchestrator.service.gate import JsonObject
+from orchestrator.service.gate import JSON, JsonObject
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes.asking import (
     Auditing,
@@ -51,7 +51,12 @@ class Resume(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-@router.post("", status_code=201, operation_id="create_run")
+@router.post(
+    "",
+    status_code=201,
+    operation_id="create_run",
+    openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": submissions.SCHEMA}}}},
+)
 def create_run(
     body: JsonObject,
     who: Writer,
@@ -123,7 +128,12 @@ def delete_run(
     return Response(status_code=204)
 
 
-@router.get("/{run_id}/config", operation_id="get_run_config", response_model=None)
+@router.get(
+    "/{run_id}/config",
+    operation_id="get_run_config",
+    response_model=None,
+    responses={200: {"content": {JSON: {}, "application/toml": {}, "application/yaml": {}}}},
+)
 def get_config(run_id: str, who: Reader, state: State, format: Literal["json", "toml", "yaml"] = "json") -> Response:
     """The resolved config: everything that decides the run, with names where its client used names."""
     config = config_resource(state.store.runs.get(run_id, who))

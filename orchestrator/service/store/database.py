@@ -7,8 +7,9 @@ Refuses a database that cannot be durable, and a schema that is newer than this 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._lease: Lease | None = None
+        # SQLite has one writer at a time. Ours take turns here: within SQLite they would sleep, and starve each other.
+        self._turn: AbstractContextManager[Any] = threading.Lock() if url.startswith("sqlite") else nullcontext()
         try:
             self.engine = _engine(url)
             upgrade(self.engine)
@@ -48,7 +51,7 @@ class Database:
     def under(self, lease: Lease) -> Database:
         """The same database for the holder of `lease`: its writes raise Fenced once another holds it."""
         fenced = object.__new__(Database)
-        fenced.engine, fenced._lease = self.engine, lease
+        fenced.engine, fenced._turn, fenced._lease = self.engine, self._turn, lease
         return fenced
 
     def close(self) -> None:
@@ -62,7 +65,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction: all of it is on disk when the block has ended, or none of it."""
-        with _away(), self.engine.connect().execution_options(writes=True) as db, db.begin():
+        with _away(), self._turn, self.engine.connect().execution_options(writes=True) as db, db.begin():
             if self._lease is not None:
                 _check(db, self._lease)
             yield db

@@ -29,6 +29,8 @@ from potstill.errors import ServiceError
 Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
+_STATE = (RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
@@ -95,6 +97,17 @@ class Runs:
         """Raises ServiceError (404) when there is no such run for the viewer. None is the service itself."""
         with self._database.reading() as db:
             return run_of(_row(db, run_id, viewer))
+
+    def state(self, run_id: str) -> State:
+        """Raises ServiceError (404)."""
+        with self._database.reading() as db:
+            return State(_state_row(db, run_id).status)
+
+    def job(self, run_id: str) -> str | None:
+        """The submission id of a run's present job; None when there is no such run."""
+        with self._database.reading() as db:
+            found = db.execute(sa.select(RUNS.c.submission_id).where(RUNS.c.id == run_id)).scalar()
+        return None if found is None else str(found)
 
     def exists(self, run_id: str) -> bool:
         with self._database.reading() as db:
@@ -218,7 +231,7 @@ class Runs:
         (it comes late, or again) changes nothing. Raises SequenceGap (409) and ServiceError (404).
         """
         with self._database.writing() as db:
-            row = _row(db, run_id, lock=True)
+            row = _state_row(db, run_id, lock=True)
             held = append_logs(db, run_id, report)
             heard: dict[str, Any] = {"heartbeat_at": time.time()}
             if report.metrics:
@@ -268,8 +281,21 @@ def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, loc
     query = sa.select(RUNS).where(RUNS.c.id == run_id, visible(RUNS, viewer))
     row = db.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise ServiceError("there is no such run", 404, "run_not_found")
+        raise _no_such_run()
     return row
+
+
+def _state_row(db: sa.Connection, run_id: str, *, lock: bool = False) -> Any:
+    """What a change of state asks of a run, without what its client wrote."""
+    query = sa.select(*_STATE).where(RUNS.c.id == run_id)
+    row = db.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise _no_such_run()
+    return row
+
+
+def _no_such_run() -> ServiceError:
+    return ServiceError("there is no such run", 404, "run_not_found")
 
 
 def _submission_id(run_id: str) -> str:
@@ -312,4 +338,4 @@ def _apply(db: sa.Connection, row: Any, reported: ReportedStatus) -> Any:
         return row
     failure = Failure(type=error.type, category=error.category, message=error.message) if error is not None else None
     _move(db, row, wanted, f"the run reports that it is {wanted}", failure, reported.time)
-    return _row(db, row.id)
+    return _state_row(db, row.id)
