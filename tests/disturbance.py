@@ -6,16 +6,18 @@ Only processes of the run's own tree are ever touched, by the ids that were reco
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ PARTS = {
     "raylet": "raylet/raylet",
     "head": "gcs_server",
 }
+LONG = "loop.steps=1000000"
+SUPERVISED = ("method=sft", "rollout.source=reference", "teacher={kind: none}")  # starts sooner, and without a teacher
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they look for their dead head for a minute, then end
 PROMPTS = 64
 CONFIG = """
@@ -99,6 +103,18 @@ class Disturbed:
     @property
     def events(self) -> list[str]:
         return [event["type"] for event in read_jsonl(self.folder / "events.jsonl")]
+
+    @property
+    def writers(self) -> set[str]:
+        """Workers that have written a chunk."""
+        files = (self.folder / "spans").glob("worker-*.jsonl")
+        return {file.stem for file in files if any(span["name"] == "generate" for span in read_jsonl(file))}
+
+    @property
+    def headline(self) -> str:
+        """What the page of the run says first."""
+        page = (self.folder / "report.html").read_text()
+        return html.unescape(page.partition("<h1>")[2].partition("</h1>")[0])
 
     @property
     def cause(self) -> dict[str, str]:
@@ -190,10 +206,18 @@ class Disturbed:
         assert max(record["staleness_max"] for record in self.steps) <= max_staleness
 
     def check_nothing_is_left(self, *, but: tuple[str, ...] = RAYS_AGENTS) -> None:
-        """No process that the run ever started lives."""
-        gone, alive = psutil.wait_procs(list(self.family.values()), timeout=15.0)
-        left = [" ".join(process.cmdline()) for process in alive if process.is_running()]
-        assert [command for command in left if not command.startswith(but)] == [], f"of {len(gone) + len(alive)}"
+        """No process that the run ever started lives, or will live much longer."""
+        deadline = time.monotonic() + 15.0
+        while (left := [command for command in self._alive() if not command.startswith(but)]) != []:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+    def _alive(self) -> Iterator[str]:
+        """Commands of the processes that there are still."""
+        for process in self.family.values():
+            with suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    yield " ".join(process.cmdline())
 
     def clear(self) -> None:
         """End what a failed test leaves, one recorded process at a time."""
@@ -216,3 +240,17 @@ def disturbed(
         yield run
     finally:
         run.clear()
+
+
+def lost_for_good(place: Path, victim: str, kind: str, says: str, *changes: str) -> None:
+    """A run that may lose no process loses one: it fails with its name, and leaves nothing."""
+    with disturbed(place, f"lost-{victim}", LONG, "loop.restarts=0", *changes) as run:
+        run.wait_for(lambda: run.trained(2))
+        assert run.hurt(victim)
+        assert (run.end(), run.status) == (1, "failed")
+        assert (run.cause["type"], run.cause["category"]) == (kind, "system")
+        assert says in run.cause["message"]
+        assert re.fullmatch(rf"The run failed after step [\d,]+ of 1,000,000: .*{says}.*", run.headline)
+        assert says in run.said[-1]
+        assert run.said[-1].count("\n") == 1
+        run.check_nothing_is_left()

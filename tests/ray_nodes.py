@@ -25,6 +25,8 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
+DESK, ROOM = "resources.learner.custom={desk: 1}", "resources.rollout.custom={room: 1}"
+"""What a run asks of nodes of these resources: a learner's, and a worker's."""
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
 
 
