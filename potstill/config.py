@@ -18,6 +18,7 @@ from potstill.config_teachers import TeacherConfig
 from potstill.config_weights import WeightsConfig
 from potstill.methods import PRESETS
 from potstill.nearest import hint
+from potstill.references import DataRef, ModelRef, Options, Port, StateFile
 from potstill.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
@@ -37,7 +38,7 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The model that writes and learns."""
 
-    model: str
+    model: ModelRef
     """A folder in Hugging Face format: config.json, model.safetensors, tokenizer files with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights while training. bfloat16 loses updates smaller than 1/256 of a weight."""
@@ -51,7 +52,7 @@ class ReasoningGymData(Section):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     dataset: str
     """A reasoning-gym dataset, e.g. "chain_sum"."""
-    options: dict[str, bool | int | float | str | tuple[int | str, ...]] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Its generator's settings, e.g. {min_digits = 3}."""
     seed: int = 0
     """Of the task stream. Held-out items come from a stream of their own and are never trained on."""
@@ -62,7 +63,7 @@ class JsonlData(Section):
     `solution`, `domain` and `private`, a list of texts that method "swing" shall teach less of, exactly as written."""
 
     kind: Literal["jsonl"] = "jsonl"
-    path: str
+    path: DataRef
     """Of the file, from where the run is started."""
     holdout: Annotated[int, Field(ge=0)] = 0
     """The last lines, kept for evaluation and never trained on."""
@@ -118,7 +119,7 @@ class RolloutConfig(Section):
     revision_k: Positive = 32
     """Of source = "revision": the student's most probable tokens, over which that difference is measured. Too small:
     what the two disagree about lies in the rest; too large: a teacher is asked for numbers that move no token."""
-    snapshot: str | None = None
+    snapshot: ModelRef | None = None
     """Of source = "snapshot": its folder, with the student's tokenizer. None: the student as the run found it."""
     beside: Literal["none", "teacher", "reference"] = "none"
     """Text that the student did not write, learnt in the same step by terms that are over "all" or "others"."""
@@ -226,7 +227,7 @@ class LoopConfig(Section):
     teacher_wait_s: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a run waits for a teacher that is away, each time, before it fails. Too few: a restart of the
     teacher ends the run; too many: processors are held for nothing."""
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_port: Port | None = None
     """Port on loopback where Prometheus finds the run's numbers while it goes on. 0: any free one, which the event
     metrics.served names. Taken by another run: this one does not begin."""
 
@@ -286,7 +287,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Lower-case letters, digits, - and _; 63 at most."""
-    runs: str = "runs"
+    runs: StateFile = "runs"
     """Folder that holds the run's folder."""
     seed: int = 0
     """Of prompts, sampling and initial weights of adapters."""
