@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 EXTRA ?= cpu
+JOBS ?= 2
 BLACK_BOX := seqkd soda gad ranked advised cross_tokenizer two_teachers
 
 # uv reads no pip settings: a wheel folder configured for pip is passed on; without one, uv's own CPU torch index is used.
@@ -37,8 +38,8 @@ black-box: setup ## teachers of which only text can be had, of another tokenizer
 tools: ## PostgreSQL and Chromium, which the tests start: installed where that can be done
 	.ci/tools
 
-test: setup tools ## all tests
-	$(PYTHON) -m pytest $(ARGS)
+test: setup tools ## all tests, side by side where they can be (JOBS=2)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)

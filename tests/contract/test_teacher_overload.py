@@ -272,6 +272,7 @@ def test_a_body_that_does_not_arrive_in_time_is_408():
             assert raw.recv(4096).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.whole_machine
 def test_at_a_hundred_times_its_capacity_a_server_refuses_politely_and_stays_well(tmp_path):
     model = save_tiny_model(tmp_path / "tiny", seed=1, hidden=512, layers=4)
     seen = measure(model, seconds=3.0, times=100.0)

@@ -22,13 +22,16 @@ from torch import Tensor
 
 from learner import canaries, checkpoint
 from learner.logprobs import Tally
-from learner.model import load_student
+from learner.model import CausalModel, load_student
+from learner.outbox import Outbox
 from learner.parallel import Joined, meeting
-from learner.publish import gathered, snapshot
+from learner.publish import DevicePublisher, gathered, snapshot
 from learner.ranks import Alone, Ranks
 from learner.targets import budgeted
 from learner.trainer import Trainer, totals
 from potstill.errors import NonFinite
+from potstill.transports import rows
+from potstill.transports.route import Route
 from potstill.types import ScoredRollout
 from potstill.weights import unpack
 from tests.presets import EVERY, STEP, batch_for, make_batch, trainer_of
@@ -95,10 +98,23 @@ def train(run: Run, models: Path, ranks: Ranks) -> tuple[list[dict[str, float]],
     metrics = [dict(take_step(trainer, run.batch(step), step).metrics) for step in range(1, STEPS + 1)]
     held_out = {"validation": trainer.validate(run.batch(STEPS + 1))}
     if ranks.rank > 0:
-        gathered(trainer.student)
+        for _ in ("through memory", "from the device"):
+            gathered(trainer.student)
         return [*metrics, held_out], {}
     arrays = unpack(*snapshot(trainer.student, version=STEPS))
-    return [*metrics, held_out], {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    assert_equal_on_device(trainer.student, dict(weights))
+    return [*metrics, held_out], weights
+
+
+def assert_equal_on_device(student: CausalModel, weights: dict[str, Tensor]) -> None:
+    """What a worker would be sent from there, bit for bit."""
+    outbox = Outbox("127.0.0.1")
+    route = Route(transport="device", wire="exact", adapter_only=False, reason="")
+    for entry in DevicePublisher(route, outbox).publish(student, version=STEPS).tensors:
+        assert torch.equal(rows.tensor(outbox._room, entry), weights.pop(entry.name))
+    assert not weights
+    outbox.close()
 
 
 def derive(name: str, ranks: Ranks) -> tuple[float, dict[str, Tensor]]:

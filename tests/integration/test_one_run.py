@@ -1,23 +1,22 @@
 """Whole runs on tiny models: Ray, a real teacher server over HTTP, both engines, and what is left on disk.
-
-One connection to Ray and one set of actors serve every run of this file, as they serve the phases of a recipe.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.launch import Site, site
+from orchestrator.buffer import Closed
+from orchestrator.launch import Site
 from orchestrator.report import write_report
 from orchestrator.run import execute, last_checkpoint
 from potstill.config import RunConfig
@@ -28,7 +27,7 @@ from potstill.tokenization import load_tokenizer
 from tests.builders_teacher import KEY, teacher_server
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 REPORTED = {
     "run_id", "method", "engine", "seed", "steps", "seconds_total", "tokens_trained", "tokens_per_second",
@@ -74,17 +73,6 @@ def make_config(folder: Path, name: str, *changes: str, method: str = "opd", tea
         },
         changes,
     )
-
-
-@pytest.fixture(scope="module")
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    """Ray and the actors; when the module is done, no process of theirs is left."""
-    before = set(psutil.Process().children(recursive=True))  # a resource tracker of an earlier module, say
-    async with site(make_config(folder, "any")) as processes:
-        family = set(psutil.Process().children(recursive=True)) - before
-        yield processes
-    _, left = psutil.wait_procs(list(family), timeout=20.0)
-    assert [process.name() for process in left] == []
 
 
 async def run(opened: Site, config: RunConfig) -> Path:
@@ -148,8 +136,10 @@ async def test_opd_with_the_transformers_engine_is_bit_equal_from_run_to_run(
     assert (first / "report.html").stat().st_size > 1000
 
 
-async def test_opd_with_vllm_uses_each_new_version(opened: Site, folder: Path, served: dict[str, str]):
-    config = make_config(folder, "opd-vllm", "rollout.engine=vllm", teacher=served)
+@pytest.mark.parametrize("transport", ["shared_memory", "device"])
+async def test_opd_with_vllm_uses_each_new_version(opened: Site, folder: Path, served: dict[str, str], transport: str):
+    settings = ("rollout.engine=vllm", f"weights.transport={transport}")
+    config = make_config(folder, f"opd-vllm-{transport}", *settings, teacher=served)
     left = await run(opened, config)
     check_what_is_left(left, config)
     assert events(left)["canaries.passed"]["sampler_gap"] < 1e-4
@@ -184,6 +174,26 @@ async def test_supervision_by_what_the_teacher_writes_measures_the_teacher(opene
     left = await run(opened, config)
     check_what_is_left(left, config)
     assert 0 <= read(left, "report.json")["teacher"] <= 1
+
+
+@pytest.mark.parametrize("moment", ["weights.route", "run.started"], ids=["opening", "evaluation"])
+async def test_a_run_that_is_asked_to_stop_before_its_first_step_ends_at_once_and_can_be_resumed(
+    opened: Site, folder: Path, served: dict[str, str], moment: str
+):
+    config = make_config(folder, f"asked-{moment.replace('.', '-')}", teacher=served)
+    stopping, journal = asyncio.Event(), Journal(folder / f"asked-{moment.replace('.', '-')}")
+    journal.listen(lambda stream, record: stopping.set() if record.get("type") == moment else None)
+    with pytest.raises(Closed):
+        await execute(config, opened, journal, stopping)
+    journal.close()
+    assert read(journal.folder, "status.json")["status"] == "cancelled"
+    assert "eval.finished" not in events(journal.folder)
+    write_report(journal.folder)
+    assert "before its first step" in (journal.folder / "report.html").read_text()
+    resumed = Journal(journal.folder, resume=True)
+    await execute(config, opened, resumed)
+    resumed.close()
+    check_what_is_left(journal.folder, config)
 
 
 async def test_a_teacher_of_another_tokenizer_fails_the_run_and_the_next_run_succeeds(
