@@ -1,4 +1,4 @@
-"""Launchers that the service's tests hand in for Ray: plain subprocesses, and a cluster that is away.
+"""Launchers that the service's tests hand in for Ray: plain subprocesses, nothing at all, and a cluster that is away.
 
 `python -m tests.launchers FOLDER PORT SCRIPT [DATABASE [HOLDER]]` serves the real app over FOLDER/potstill.db, or over
 DATABASE, so that a test can kill -9 it. HOLDER is its name in the supervisor's lease.
@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import uvicorn
@@ -68,6 +68,28 @@ class ProcessLauncher:
     def _job(self, place: Path) -> Job:
         code = (place / "exit").read_text().strip() if (place / "exit").exists() else ""
         return Job(alive=not code, exit_code=int(code) if code else None, ours=True)
+
+
+class EndlessLauncher:
+    """A cluster in which nothing runs and nothing ends: every job that it is given lives until it is stopped.
+
+    `known` are the submission ids of jobs that it had before.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._alive = dict.fromkeys(known, True)
+
+    def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
+        self._alive[run.submission_id] = True
+
+    def look(self) -> Mapping[str, Job]:
+        return {job: Job(alive=alive, exit_code=None, ours=True) for job, alive in list(self._alive.items())}
+
+    def stop(self, submission_id: str) -> None:
+        self._alive[submission_id] = False
+
+    def log_tail(self, submission_id: str) -> str:
+        return ""
 
 
 class AwayLauncher:
