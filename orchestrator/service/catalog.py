@@ -177,6 +177,8 @@ class Catalog:
                 self._store.runs.get(own[1], viewer)
                 return Path(os.path.realpath(model_of_checkpoint(self._runs, own[1], own[2])))
             except ServiceError as error:
+                if error.status not in {404, 409}:
+                    raise
                 raise ConfigError(str(error)) from None
         found = self._shelves[stands].find(name)
         if found is None:

@@ -74,12 +74,16 @@ class Label:
 
 
 class Uploads:
-    """`folder` is the service's own, and nobody else writes there."""
+    """`folder` is the service's own, and nobody else writes there.
 
-    def __init__(self, folder: Path, files: Files, *, max_bytes: int = MAX_FILE_BYTES) -> None:
+    A file that is larger than `max_bytes` is refused, and one of which nothing has come for `silence_s` is given up.
+    """
+
+    def __init__(self, folder: Path, files: Files, *, max_bytes: int = MAX_FILE_BYTES, silence_s: float = 60.0) -> None:
         self.folder = folder
         self._files = files
         self.max_bytes = max_bytes
+        self.silence_s = silence_s
 
     @contextmanager
     def incoming(self) -> Iterator[Incoming]:
@@ -122,8 +126,11 @@ class Uploads:
         return converted if converted.exists() else self.folder / file.id
 
     def content(self, file: File) -> Path:
-        """As it was sent."""
-        return self.folder / file.id
+        """As it was sent. Raises ServiceError (404) when it has just been deleted."""
+        place = self.folder / file.id
+        if not place.is_file():
+            raise ServiceError("there is no such file", 404, "file_not_found")
+        return place
 
     def delete(self, file_id: str, viewer: Principal) -> None:
         """Raises ServiceError: 404, or 409 while an unfinished run names it."""

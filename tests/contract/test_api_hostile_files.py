@@ -249,6 +249,16 @@ def test_a_client_that_leaves_midway_leaves_nothing(service: Service) -> None:
     assert len(service.http.get("/v1/files").json()["data"]) == before
 
 
+def test_a_client_that_falls_silent_is_given_up(service: Service) -> None:
+    uploads = service.state.catalog.uploads
+    uploads.silence_s, usual = 0.3, uploads.silence_s
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as raw:
+        raw.sendall(head(service, length=1000) + jsonl(ROWS))
+        assert raw.recv(4096).startswith(b"HTTP/1.1 408 ")
+    uploads.silence_s = usual
+    until(lambda: left_over(service) == [])
+
+
 def test_answers_go_on_while_a_large_file_is_read(service: Service) -> None:
     large = jsonl([{"prompt": "x" * 100}]) * 200_000
     thread = threading.Thread(target=lambda: upload(service, large))

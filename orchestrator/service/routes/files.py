@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -31,7 +32,6 @@ from potstill.errors import ServiceError
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
-SILENCE_S = 60.0  # without a byte of an upload, after which it is given up
 _FORM_BYTES = 2**16  # that a form has beside its file
 _MEDIA_TYPES = {"jsonl": "application/jsonl", "parquet": "application/vnd.apache.parquet"}
 _BODIES = {
@@ -73,7 +73,7 @@ async def upload_file(
     uploads = state.catalog.uploads
     _check_headers(request, uploads)
     with uploads.incoming() as incoming:
-        label = await _receive(request, incoming, filename, purpose)
+        label = await _receive(request, incoming, filename, purpose, silence_s=uploads.silence_s)
         file, replayed = await asyncio.to_thread(_keep, uploads, incoming, label, who, idempotency_key)
     if not replayed:
         await asyncio.to_thread(audit, who, "file.upload", file.id)
@@ -122,28 +122,30 @@ def _check_headers(request: Request, uploads: Uploads) -> None:
         raise too_large(uploads.max_bytes)
 
 
-async def _receive(request: Request, incoming: Incoming, filename: str | None, purpose: str | None) -> Label:
+async def _receive(
+    request: Request, incoming: Incoming, filename: str | None, purpose: str | None, *, silence_s: float
+) -> Label:
     """Write the body to `incoming` as it comes, a piece at a time; returns what the client says of it."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != FORM:
         label = label_of(filename or "", purpose or "")
-        await _pour(request, incoming.write)
+        await _pour(request, incoming.write, silence_s)
         return label
     if filename is not None or purpose is not None:
         raise ServiceError("filename and purpose are in the form, not in the query", 400, "invalid_form")
     form = Form(content_type, incoming.write, fields=("purpose",))
-    await _pour(request, form.feed)
+    await _pour(request, form.feed, silence_s)
     name, fields = form.finish()
     return label_of(name, fields.get("purpose", ""))
 
 
-async def _pour(request: Request, into: Any) -> None:
+async def _pour(request: Request, into: Callable[[bytes], None], silence_s: float) -> None:
     pieces = request.stream()
     while True:
         try:
-            piece = await asyncio.wait_for(anext(pieces, None), SILENCE_S)
+            piece = await asyncio.wait_for(anext(pieces, None), silence_s)
         except TimeoutError:
-            raise ServiceError(f"nothing came for {SILENCE_S:g} s", 408, "upload_timeout") from None
+            raise ServiceError(f"nothing came for {silence_s:g} s", 408, "upload_timeout") from None
         except ClientDisconnect:
             raise ServiceError("the client left", 400, "upload_cut") from None
         if piece is None:
