@@ -4,8 +4,8 @@ For students too large to keep a second copy of in the learner. The mean is take
 student travels a step, and no average does. It needs steps one after the other: a rollout waits for no teacher of a
 version that is gone.
 
-A push that fails leaves the teacher behind the student. It is made up for when the weights are loaded again, of the same
-version or of a later one; where a push got there and only its answer was lost, that is found out.
+A push that fails leaves the teacher behind the student. It is made up for when the weights are loaded again, of the
+same version or of a later one; where a push got there and only its answer was lost, that is found out.
 """
 
 from __future__ import annotations

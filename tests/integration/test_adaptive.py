@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.launch import Site, site
+from orchestrator.launch import Site
 from orchestrator.offpolicy import Kept, OffPolicy
 from orchestrator.run import execute
 from potstill.config import RunConfig
@@ -19,7 +18,7 @@ from potstill.journal import Journal, read_jsonl
 from rollout_worker.actor import HIDDEN
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STEPS = 9  # few enough for every step to be sampled
 
@@ -79,12 +78,6 @@ def make_config(folder: Path, name: str, table: str, *changes: str) -> RunConfig
     path = folder / f"{name}.toml"
     path.write_text(f'name = "{name}"\n' + (table + COMMON).replace("FOLDER", str(folder)))
     return load(path, [f"runs={folder}", "rollout.prompts_per_step=2", "rollout.max_prompt_tokens=64", *changes])
-
-
-@pytest.fixture(scope="module")
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    async with site(make_config(folder, "any", DISTILLM)) as processes:
-        yield processes
 
 
 async def run(opened: Site, config: RunConfig) -> Path:

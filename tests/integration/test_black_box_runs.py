@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from orchestrator.chat_endpoint import answering
-from orchestrator.launch import ACTOR_ENV, Site, site
+from orchestrator.launch import ACTOR_ENV, Site
 from orchestrator.quickstart import filled
 from orchestrator.recipe_table import PREPARATIONS, RECIPES
 from orchestrator.run import execute
@@ -23,7 +24,7 @@ from potstill.config_file import load, read_mapping
 from potstill.errors import BudgetExhausted
 from potstill.journal import Journal, read_jsonl
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 USES = [name for name, recipe in RECIPES.items() if recipe.distil.apis]
 STEPS = 3
@@ -39,21 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("uses")
 
 
-@pytest.fixture(scope="module")
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    """Processes, and an untrained model in the place of every preparation."""
-    undecided = ["student.model=unknown", "rollout.snapshot=unknown"]
-    async with site(load(recipes.folder() / "soda.toml", undecided)) as found:
-        for name in PREPARATIONS:
-            made = folder / name / "checkpoints" / "step-000001" / "model"
-            table = "teacher" if name == "teacher" else "student"
-            architecture = ScratchConfig.model_validate(read_mapping(recipes.folder() / "models.toml")[table])
-            await found.create(made, architecture, texts=TEXTS, seed=len(name))
-        yield found
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def prepared(folder: Path, opened: Site) -> Path:
+    """An untrained model in the place of every preparation."""
+    for name in PREPARATIONS:
+        made = folder / name / "checkpoints" / "step-000001" / "model"
+        table = "teacher" if name == "teacher" else "student"
+        architecture = ScratchConfig.model_validate(read_mapping(recipes.folder() / "models.toml")[table])
+        await opened.create(made, architecture, texts=TEXTS, seed=len(name))
+    return folder
 
 
-@pytest.fixture(scope="module")
-async def url(folder: Path, opened: Site) -> AsyncIterator[str]:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def url(prepared: Path, folder: Path) -> AsyncIterator[str]:
     """Somebody's API."""
     model = folder / "teacher" / "checkpoints" / "step-000001" / "model"
     async with answering(model, log=folder / "api.log", environment=ACTOR_ENV) as found:

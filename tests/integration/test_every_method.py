@@ -6,14 +6,15 @@ What a method needs decides what its run brings: the same table that a plan refu
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import safetensors.numpy
 
-from orchestrator.launch import Site, site
+from orchestrator.launch import Site
 from orchestrator.run import execute
 from potstill import recipes
 from potstill.algebra.objective import Tier
@@ -23,7 +24,7 @@ from potstill.journal import Journal, read_jsonl
 from potstill.methods import PRESETS
 from tests.builders_teacher import KEY, teacher_server
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 TEMPLATE = "{prompt}\nReference answer: {answer}"
 SUMS = load(recipes.folder() / "opd.toml").data.model_dump()
@@ -37,16 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    """Processes, and the quickstart's two models before any training."""
-    async with site(parse(mapping(folder, "sft", {"kind": "none"}))) as found:
-        for name in ("student", "teacher"):
-            table = read_mapping(recipes.folder() / "models.toml")[name]
-            texts = ["user\n123 + 456\nassistant\n"] * 8
-            await found.create(folder / name, ScratchConfig.model_validate(table), texts=texts, seed=len(name))
-        sharpen(folder / "teacher" / "model.safetensors")
-        yield found
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def models(folder: Path, opened: Site) -> Path:
+    """The quickstart's two, before any training."""
+    for name in ("student", "teacher"):
+        table = read_mapping(recipes.folder() / "models.toml")[name]
+        texts = ["user\n123 + 456\nassistant\n"] * 8
+        await opened.create(folder / name, ScratchConfig.model_validate(table), texts=texts, seed=len(name))
+    sharpen(folder / "teacher" / "model.safetensors")
+    return folder
 
 
 def sharpen(file: Path) -> None:
@@ -57,9 +57,9 @@ def sharpen(file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, opened: Site) -> Iterator[dict[str, str]]:
+def served(models: Path, folder: Path) -> Iterator[dict[str, str]]:
     """A teacher that runs already, for all methods: starting one takes longer than a run."""
-    with teacher_server(folder / "teacher") as server:
+    with teacher_server(models / "teacher") as server:
         yield {"kind": "server", "url": server.url, "secret_ref": f"file:{folder / 'key'}"}
 
 

@@ -1,5 +1,4 @@
-"""Whole runs on tiny models: Ray, a real teacher server over HTTP, both engines, and what is left on disk.
-"""
+"""Whole runs on tiny models: Ray, a real teacher server over HTTP, both engines, and what is left on disk."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """Recipes of the quickstart, every phase, two steps each: they prepare, distil, compare and report.
 
-One set of processes and one cache serve them all, as they serve the phases of a recipe. Those that ask a black box are
-in test_black_box_runs.py.
+Most share their processes and a cache, as the phases of a recipe do. Those that ask a black box are in
+test_black_box_runs.py.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import AsyncIterator, Iterator
+import multiprocessing
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,18 @@ from typing import Any
 import pytest
 
 from orchestrator.foreground import until_done
-from orchestrator.launch import Site, site
+from orchestrator.launch import Site
 from orchestrator.quickstart import Quickstart
 from orchestrator.recipe_table import RECIPES
 from orchestrator.report import write_report
-from potstill import recipes
-from potstill.config_file import load
 from potstill.display import make_display
 from potstill.errors import ConfigError
 from potstill.journal import read_jsonl, write_json
 
 SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
 SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
-SHARED = pytest.mark.asyncio(loop_scope="module")
+SHARED = pytest.mark.asyncio(loop_scope="session")
+ENDS_S = 120.0
 
 
 @contextmanager
@@ -39,11 +39,18 @@ def quickstart(name: str, runs: Path, *changes: str) -> Iterator[Quickstart]:
         yield Quickstart(recipe, seed=0, changes=[*SHORT, *changes], runs=runs, folder=runs / name, display=display)
 
 
-def test_a_phase_that_fails_leaves_its_page(tmp_path: Path):
-    """With processes of its own, which must be gone before those of the other tests come."""
-    starting = quickstart("opsd", tmp_path, "rollout.max_prompt_tokens=1")
+def fail(runs: Path) -> None:
+    starting = quickstart("opsd", runs, "rollout.max_prompt_tokens=1")
     with starting as started, pytest.raises(ConfigError, match="exceed the 13 positions"):
         until_done(started.run)
+
+
+def test_a_phase_that_fails_leaves_its_page(tmp_path: Path):
+    """As the command runs it: in a process of its own, which starts and ends all others."""
+    process = multiprocessing.get_context("spawn").Process(target=fail, args=(tmp_path,))
+    process.start()
+    process.join(ENDS_S)
+    assert process.exitcode == 0
     (page,) = tmp_path.glob("cache/hint_student-*/report.html")
     assert "<h1>The run failed before its first step: " in page.read_text()
     assert not (tmp_path / "opsd").exists()
@@ -52,12 +59,6 @@ def test_a_phase_that_fails_leaves_its_page(tmp_path: Path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-async def opened() -> AsyncIterator[Site]:
-    async with site(load(recipes.folder() / "opd.toml")) as processes:
-        yield processes
 
 
 async def run(name: str, runs: Path, opened: Site) -> dict[str, Any]:
