@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,10 +13,12 @@ from potstill.console import AsJson, one_line_errors, say, show, show_json, show
 from potstill.errors import ConfigError
 
 if TYPE_CHECKING:
+    from potstill.client import Client
     from potstill.client.resources import Event, Metrics
 
 SHOWN_FIRST = ("loss", "reverse_kl", "accuracy", "tokens_per_second")  # of a run that has them
 COLUMNS = 6
+MOST_POINTS = 5000  # that the service sends at a time
 
 Follow = Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")]
 
@@ -77,10 +80,10 @@ def logs(
 def metrics(
     run: RunName,
     keys: Annotated[str | None, typer.Option(help="Names, with commas between.")] = None,
-    points: Annotated[int, typer.Option(help="Steps to show; of more, some.", min=10, max=5000)] = 20,
     after_step: Annotated[int | None, typer.Option(help="Only later steps.", min=0)] = None,
+    rows: Annotated[int, typer.Option(help="Of the table; where there are more steps, some.", min=2)] = 20,
     format: Annotated[
-        Literal["table", "json", "csv", "parquet"], typer.Option(help="table on stdout; csv and parquet: all steps.")
+        Literal["table", "json", "csv", "parquet"], typer.Option(help="All but table: up to 5000 steps.")
     ] = "table",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="File to write; of parquet there must be one.")
@@ -95,18 +98,12 @@ def metrics(
         raise ConfigError("--format parquet: name a file with -o")
     with connect(url, key_env) as client:
         if format == "csv" or format == "parquet":
-            content = client.export_metrics(run, format=format, keys=names)
-            if out is None:
-                show(content.decode().removesuffix("\n"))
-            else:
-                out.write_bytes(content)
-                say(f"{out} is written")
-            return
-        found = client.get_metrics(run, keys=names, max_points=points, after_step=after_step)
-    if as_json or format == "json":
-        show_json(found)
-    else:
-        _show_metrics(found, names)
+            _write(client.export_metrics(run, format=format, keys=names, max_points=MOST_POINTS), out)
+        elif as_json or format == "json":
+            show_json(client.get_metrics(run, keys=names, after_step=after_step, max_points=MOST_POINTS))
+        else:
+            shown = names or _shown_first(client, run)
+            _show_metrics(client.get_metrics(run, keys=shown, after_step=after_step), shown, rows)
 
 
 @one_line_errors
@@ -131,20 +128,37 @@ def _show_event(event: Event, as_json: bool) -> None:
         show(f"{event['time']} {event['level']:7} {event['type']}: {line}")
 
 
-def _show_metrics(found: Metrics, names: list[str]) -> None:
-    """A row a step. Without names: what people look at first, as far as the run has it."""
-    columns = found["columns"]
-    known = [name for name in columns if name != "step"]
-    shown = names or ([name for name in SHOWN_FIRST if name in known] or known)[:COLUMNS]
-    rows = [
-        [f"{step:.0f}", *(_number(name, columns[name][place]) for name in shown)]
-        for place, step in enumerate(columns["step"])
-        if step is not None
-    ]
-    show_table(["STEP", *shown], rows)
-    left_out = sorted(set(known) - set(shown))
-    if left_out and not names:
+def _write(content: bytes, out: Path | None) -> None:
+    if out is None:
+        show(content.decode().removesuffix("\n"))
+    else:
+        out.write_bytes(content)
+        say(f"{out} is written")
+
+
+def _shown_first(client: Client, run: str) -> list[str]:
+    """What people look at first, as far as the run has it; what else there is is told beside the table."""
+    known = client.get_metrics(run, keys=SHOWN_FIRST[:1])["keys"]
+    shown = [name for name in SHOWN_FIRST if name in known] or known[:COLUMNS]
+    left_out = [name for name in known if name not in shown]
+    if left_out:
         say(f"also measured, for --keys: {', '.join(left_out)}")
+    return shown
+
+
+def _show_metrics(found: Metrics, names: list[str], rows: int) -> None:
+    """A row a step: the first, the last and evenly many between."""
+    steps = found["columns"]["step"]
+    places: Sequence[int] = range(len(steps))
+    if len(steps) > rows:
+        places = [round(row * (len(steps) - 1) / (rows - 1)) for row in range(rows)]
+    show_table(
+        ["STEP", *names],
+        [
+            [_number("step", steps[place]), *(_number(name, found["columns"][name][place]) for name in names)]
+            for place in places
+        ],
+    )
 
 
 def _number(name: str, value: float | None) -> str:

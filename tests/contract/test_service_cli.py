@@ -284,6 +284,8 @@ def test_metrics_are_a_table_or_a_file(service: Service, command: Command, tmp_p
     name = finished(service, "measured")
     table = [line.split() for line in done(command("metrics", name)).splitlines()]
     assert table == [["STEP", "loss"], ["1", "1.0000"], ["2", "0.5000"], ["3", "0.3333"]]
+    ends = done(command("metrics", name, "--rows", "2")).splitlines()
+    assert [line.split()[0] for line in ends] == ["STEP", "1", "3"]
     missing = done(command("metrics", name, "--keys", "loss,nothing", "--after-step", "2")).splitlines()
     assert [line.split() for line in missing] == [["STEP", "loss", "nothing"], ["3", "0.3333", "–"]]
     rows = list(csv.DictReader(io.StringIO(done(command("metrics", name, "--format", "csv")))))
