@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx2
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from potstill.journal import Status
 
@@ -30,6 +30,7 @@ GATHER_S = 0.1  # between two reports that say all there is: a service with many
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
 
 Sequence = Annotated[int, Field(ge=1, lt=2**53)]
+Text = Annotated[str, AfterValidator(lambda text: text.replace("\0", "\ufffd"))]  # PostgreSQL keeps no null characters
 Seconds = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
 
 
@@ -39,9 +40,9 @@ class ReportedEvent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     seq: Sequence
     time: Seconds
-    type: str
-    level: str
-    message: str
+    type: Text
+    level: Text
+    message: Text
     data: dict[str, JsonValue]
 
 

@@ -20,10 +20,11 @@ from potstill.config import RunConfig
 from potstill.config_file import apply_override
 from potstill.errors import ConfigError
 
-Label = Annotated[str, Field(max_length=512)]
-LabelName = Annotated[str, Field(min_length=1, max_length=64)]
+_TEXT = r"^[^\x00]*$"  # PostgreSQL keeps no null characters
+Label = Annotated[str, Field(max_length=512, pattern=_TEXT)]
+LabelName = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Priority = Annotated[int, Field(ge=-100, le=100)]
-Notes = Annotated[str, Field(max_length=4096)]
+Notes = Annotated[str, Field(max_length=4096, pattern=_TEXT)]
 Metadata = Annotated[dict[LabelName, Label], Field(max_length=16)]
 
 

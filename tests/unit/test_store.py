@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -67,9 +68,12 @@ def create(
     return store.runs.create(new, Once(key_id=who.key_id, key=key, route="/v1/runs", body_digest=body))
 
 
+def event(number: int, **changes: Any) -> dict[str, Any]:
+    return {"seq": number, "time": 1.0, "type": "t", "level": "info", "message": f"m{number}", "data": {}} | changes
+
+
 def events(*numbers: int, statuses: list | None = None) -> Report:
-    rows = [{"seq": n, "time": 1.0, "type": "t", "level": "info", "message": f"m{n}", "data": {}} for n in numbers]
-    return Report.model_validate({"events": rows, "statuses": statuses or []})
+    return Report.model_validate({"events": [event(number) for number in numbers], "statuses": statuses or []})
 
 
 def status(name: str, when: float = 2.0) -> Report:
@@ -225,6 +229,24 @@ def test_a_page_holds_what_was_asked_for(store: Store):
     assert [run.id for run in store.runs.page(ALICE, Page(), metadata={"of": "one"})[0]] == ["one"]
     assert store.runs.page(ALICE, Page(), created_after=time.time() + 9)[0] == []
     assert store.runs.counts()[State.QUEUED] == 1
+
+
+@pytest.mark.parametrize("name", ["of", 'o"f', "$.of", "o.f", "[0]", "of'", "*", "é\n", "%"])
+def test_metadata_may_have_any_name_and_is_found_by_it_alone(store: Store, name: str):
+    for run, metadata in (("one", {name: "x"}), ("two", {name: "y"}), ("three", {"of ": "x"})):
+        new = NewRun(id=run, submitted={}, config={}, owner="alice", metadata=metadata)
+        store.runs.create(new, Once(key_id="a", key=None, route="/v1/runs", body_digest="b"))
+    assert [run.id for run in store.runs.page(ALICE, Page(), metadata={name: "x"})[0]] == ["one"]
+    assert [run.id for run in store.runs.page(ALICE, Page(), metadata={name: "x", "of ": "x"})[0]] == []
+
+
+def test_what_a_database_cannot_keep_is_refused_or_kept_without_it(store: Store):
+    create(store)
+    store.runs.report("one", Report.model_validate({"events": [event(1, message="a\0b")]}))
+    assert told(store) == ["a\ufffdb"]
+    with pytest.raises(ServiceError) as caught:
+        store.runs.get("a\0b")
+    assert caught.value.status in {404, 400}  # SQLite has no such run, PostgreSQL refuses to look for it
 
 
 def test_what_belongs_to_another_owner_does_not_exist(store: Store):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from orchestrator.service.store.migrations import upgrade
 from orchestrator.service.store.schema import LEASES
@@ -109,6 +110,10 @@ def _away() -> Iterator[None]:
         yield
     except IntegrityError:
         raise
+    except DataError:  # of PostgreSQL: a null character is no text there
+        raise ServiceError("a text holds a character that the database cannot keep", 400, "invalid_text") from None
+    except PoolTimeout:
+        raise ServiceError("too much is asked of the database; try again", 503, "database_unavailable") from None
     except (OperationalError, DBAPIError) as error:
         if isinstance(error, OperationalError) or error.connection_invalidated:
             raise ServiceError("the database is busy or away; try again", 503, "database_unavailable") from None

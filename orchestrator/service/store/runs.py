@@ -131,10 +131,17 @@ class Runs:
             where.append(RUNS.c.created_at > created_after)
         if named:
             where.append(RUNS.c.id.contains(named, autoescape=True))
-        where += [RUNS.c.metadata[name].as_string() == value for name, value in (metadata or {}).items()]
+        where += [self._carries(name, value) for name, value in (metadata or {}).items()]
         with self._database.reading() as db:
             rows, more = page_of(db, RUNS, wanted, *where)
         return [run_of(row) for row in rows], more
+
+    def _carries(self, name: str, value: str) -> sa.ColumnElement[bool]:
+        """Whether a run has this pair of metadata. The name is compared, and never part of a JSON path."""
+        each = sa.func.json_each if self._database.engine.dialect.name == "sqlite" else sa.func.json_each_text
+        pairs = each(RUNS.c.metadata).table_valued("key", "value")
+        mine = sa.select(sa.literal(1)).select_from(pairs).where(pairs.c.key == name, pairs.c.value == value)
+        return mine.correlate(RUNS).exists()
 
     def unfinished(self) -> list[Run]:
         """Every run that is not in a final state, oldest first."""
