@@ -73,7 +73,7 @@ class Catalog:
         self._models = Shelf([*models, published], is_model)
         self._datasets = Shelf(data, is_prompts)
         self._shelves = {Stands.MODEL: self._models, Stands.TOKENIZER: Shelf([*models, published], is_tokenizer)}
-        self.uploads = Uploads(uploads, store.files)
+        self.uploads = Uploads(Path(os.path.realpath(uploads)), store.files)
         called = guard_of({ALLOWED: teachers_allowed()}) if guard is None else guard
         self.registry = Registry(store.teachers, self._shelves, secrets=secrets, guard=called)
         self.scorers = Scorers(self.registry)
@@ -122,9 +122,8 @@ class Catalog:
         problems = []
         for reference in references(config):
             if reference.stands in self._shelves:
-                path = Path(reference.value)
-                within, is_model = self._root_of(path), reference.stands is Stands.MODEL
-                problem = why_unsafe(path, within=within, weights=is_model)
+                path, needs_weights = Path(reference.value), reference.stands is Stands.MODEL
+                problem = why_unsafe(path, within=self._root_of(path), weights=needs_weights)
                 problems += [] if problem is None else [f"{reference.key}: {problem}"]
         if problems:
             raise ConfigError("\n".join(problems))
