@@ -53,6 +53,16 @@ def test_names_become_places_and_nothing_else_changes(catalog: Catalog, folder: 
     assert config == RunConfig.model_validate(again)
 
 
+def test_places_are_absolute_wherever_the_service_was_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    here = {name: Path(name) for name in ("uploads", "published", "runs", "secrets")}
+    with catalogs.catalog(folder, models=[Path("models")], data=[Path("data")], **here) as catalog:
+        config = catalog.resolve(body(data__path=uploaded(catalog, folder, ANNA)), ANNA)
+    assert config.student.model == str(folder / "models/small")
+    assert Path(config.data.path).parent == folder / "uploads"
+    assert config.runs == str(folder / "runs")
+
+
 def test_a_link_inside_the_root_is_followed_to_its_end(catalog: Catalog, folder: Path) -> None:
     assert catalog.resolve(body(student__model="alias"), ANNA).student.model == str(folder / "models/small")
 
