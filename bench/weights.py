@@ -4,20 +4,23 @@ Per size in millions of float32 parameters and per transport, from the learner's
 computes with, over two real processes (this one and a Ray actor), beside a plain copy of the same bytes, by one thread,
 in the same rounds. Medians count, and the best rounds stand beside them, because machines are noisy; the first version,
 which touches new memory, is reported apart. `rebound` is an engine that takes the received bytes as its weights
-(transformers' own forward pass); up to ENGINE_SIZE real engines load as well, while they write, one of them (`packed`)
-with weights that oneDNN packs anew.
+(transformers' own forward pass); up to ENGINE_SIZE real engines load as well, while they write: transformers' forward
+pass, the packed decoder, whose weights oneDNN packs anew, and vLLM, which packs them within the pause. From device to
+device, which is gloo between CPUs here, only vLLM loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,9 @@ import ray
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learner.publish import as_numpy
+from learner.outbox import Outbox
+from learner.publish import DevicePublisher, as_numpy
 from potstill.config import SamplingConfig
-from potstill.transports import Transport
 from potstill.transports.delta import difference, patched
 from potstill.transports.route import Route, open_transport
 from potstill.types import WeightsVersion
@@ -40,7 +43,17 @@ from rollout_worker.tensors import as_tensor
 ROUNDS = 5
 FIRST = 2  # versions that touch new memory
 ENGINE_SIZE = 100  # millions of parameters of the largest real engine
-TRANSPORTS = ("shared_memory", "object_store", "disk")
+ENGINES = {  # by what is reported: the engine, and the model's activation, which decides who computes it
+    "transformers engine": ("transformers", "gelu"),
+    "packed engine": ("transformers", "silu"),
+    "vllm engine": ("vllm", "silu"),
+}
+TAKERS = {  # who is measured with which transport
+    "shared_memory": {"rebound", *ENGINES},
+    "object_store": {"rebound"},
+    "disk": {"rebound"},
+    "device": {"vllm engine"},
+}
 SHAPES = {
     10: {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 768, "vocab_size": 16_000},
     100: {"hidden_size": 768, "num_hidden_layers": 10, "intermediate_size": 2048, "vocab_size": 48_000},
@@ -89,12 +102,11 @@ class Rebound:
 class Writing:
     """A worker with a real engine that writes while weights come."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, engine: str) -> None:
         self._kept: dict[str, Any] = {}
         self._engine = build_engine(
-            "transformers", model=Path(folder), dtype="float32", stop_token_id=0, version=0, threads=1,
-            max_model_len=1024,
-        )  # fmt: skip
+            engine, model=Path(folder), dtype="float32", stop_token_id=0, version=0, threads=1, max_model_len=1024
+        )
 
     async def load(self, version: WeightsVersion) -> dict[str, float]:
         prompt = np.arange(1, 33, dtype=np.int32)
@@ -117,35 +129,54 @@ def memcpy_s(source: Array, target: Array) -> float:
     return time.perf_counter() - began
 
 
-def travel(transport: Transport, worker: Any, tensors: Mapping[str, Array], number: int) -> dict[str, float]:
+Publish = Callable[[int], WeightsVersion]
+"""Sends the tensors as the version of that number."""
+
+
+@contextmanager
+def opened(name: str, tensors: Mapping[str, Array], folder: Path) -> Iterator[Publish]:
+    """The learner's side of a transport."""
+    route = Route(transport=name, wire="exact", adapter_only=False, reason="")  # type: ignore[arg-type]
+    if name == "device":
+        sender = DevicePublisher(route, Outbox("127.0.0.1"))
+        lying = {key: torch.from_numpy(array) for key, array in tensors.items()}
+        yield lambda number: sender.send(lying, version=number)
+        sender.close()
+        return
+    transport = open_transport(route, folder)
+
+    def publish(number: int) -> WeightsVersion:
+        described, payload = pack(tensors, number, room=transport.room)
+        return replace(described, payload=transport.send(payload, number))
+
+    yield publish
+    transport.close()
+
+
+def travel(publish: Publish, worker: Any, number: int) -> dict[str, float]:
     """One version from the learner's tensors to the worker's, in seconds."""
     began = time.perf_counter()
-    described, payload = pack(tensors, number, room=transport.room)
-    version = replace(described, payload=transport.send(payload, number))
+    version = publish(number)
     publish_s = time.perf_counter() - began
     loaded: dict[str, float] = ray.get(worker.load.remote(version))
     return {"publish_s": publish_s, "total_s": publish_s + loaded["load_s"], **loaded}
 
 
 def measure(tensors: Mapping[str, Array], workers: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Interleaved rounds of every transport to every worker, and of a plain copy."""
+    """Interleaved rounds of every transport to every worker that takes it, and of a plain copy."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     source = np.concatenate([tensor.reshape(-1) for tensor in tensors.values()])
     target = np.ones_like(source)
     report: dict[str, Any] = {"bytes": nbytes}
-    for name in TRANSPORTS:
-        transport = open_transport(Route(transport=name, wire="exact", adapter_only=False, reason=""), folder)  # type: ignore[arg-type]
-        number = 0
-        for who, worker in workers.items():
-            if who != "rebound" and name != "shared_memory":
-                continue
-            rounds, copies = [], []
-            for _ in range(FIRST + ROUNDS):
-                number += 1
-                copies.append(memcpy_s(source, target))
-                rounds.append(travel(transport, worker, tensors, number))
-            report[f"{name} to {who}"] = summary(rounds, copies, nbytes)
-        transport.close()
+    numbers = itertools.count(1)  # of versions; an engine takes only later ones
+    for name, takers in TAKERS.items():
+        with opened(name, tensors, folder) as publish:
+            for who in [who for who in workers if who in takers]:
+                rounds, copies = [], []
+                for _ in range(FIRST + ROUNDS):
+                    copies.append(memcpy_s(source, target))
+                    rounds.append(travel(publish, workers[who], next(numbers)))
+                report[f"{name} to {who}"] = summary(rounds, copies, nbytes)
     return report
 
 
@@ -169,9 +200,9 @@ def one_size(size: int) -> dict[str, Any]:
     workers: dict[str, Any] = {"rebound": ray.remote(Rebound).options(num_cpus=0).remote()}
     with tempfile.TemporaryDirectory() as folder:
         if size <= ENGINE_SIZE:
-            for who, activation in (("transformers engine", "gelu"), ("packed engine", "silu")):
+            for who, (engine, activation) in ENGINES.items():
                 Qwen3ForCausalLM(config_of(size, activation=activation)).save_pretrained(f"{folder}/{who}")
-                workers[who] = ray.remote(Writing).options(num_cpus=0).remote(f"{folder}/{who}")
+                workers[who] = ray.remote(Writing).options(num_cpus=0).remote(f"{folder}/{who}", engine)
         report = measure(tensors, workers, Path(folder))
     for worker in workers.values():
         ray.kill(worker)

@@ -58,9 +58,9 @@ class Line:
             return "it is gone"
 
     def hang_up(self) -> None:
-        """From any thread: whoever is waiting to hear something is woken, here and there."""
-        if self._connection.closed:
-            return
+        """From any thread: whoever is waiting to hear something is woken, here and there.
+
+        The descriptor is closed with the last reference, and not before: another thread may still be reading from it.
+        """
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as own:
             own.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
