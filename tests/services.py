@@ -72,6 +72,7 @@ def options(folder: Path, database: str | None = None, **changes: Any) -> Servic
         "runs": folder / "runs",
         "database": database or f"sqlite:///{folder / 'potstill.db'}",
         "key_file": None,
+        "new_key": False,
         "allowed_hosts": (),
         "report_url": None,
         "models": (folder / "models",),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from orchestrator.service.principals import Principal
-from orchestrator.service.runs import Event, event_resource
+from orchestrator.service.runs import Event, State, event_resource
 from orchestrator.service.store import Store
 from potstill.errors import ServiceError
 
@@ -36,6 +36,7 @@ class _Tail:
     seq: int  # everything up to here has been handed out
     queues: set[asyncio.Queue[Batch | None]] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
+    ended: State | None = None  # how the run ended, once all of its events have been handed out
 
 
 class Following:
@@ -69,10 +70,9 @@ class Following:
                     yield KEEPALIVE_COMMENT
                 elif arrived[0] > reached:
                     yield arrived[1]
-        with suppress(ServiceError):  # the run was deleted, or the database is away: the client asks again
-            state = await asyncio.to_thread(self._store.runs.state, run_id)
-            if state.final:
-                yield format_sse_event(event="end", data_str=json.dumps({"status": state.value}))
+            heard_all = queue in tail.queues  # else it was let go of, and the client asks again
+        if tail.ended is not None and heard_all:
+            yield format_sse_event(event="end", data_str=json.dumps({"status": tail.ended.value}))
 
     @contextmanager
     def _counted(self, who: Principal) -> Iterator[None]:
@@ -111,7 +111,7 @@ class Following:
 
     async def _read(self, run_id: str, tail: _Tail) -> None:
         """Hand out what comes, until the run is at its end: its last events are read after that is known."""
-        with suppress(ServiceError):  # as above
+        with suppress(ServiceError):  # the run was deleted, or the database is away: its clients ask again
             while True:
                 state = await asyncio.to_thread(self._store.runs.state, run_id)
                 events = await asyncio.to_thread(
@@ -121,6 +121,7 @@ class Following:
                     tail.seq = events[-1].seq
                     self._hand_out(tail, (tail.seq, _sent(events)))
                 elif state.final:
+                    tail.ended = state
                     break
                 await asyncio.sleep(0 if len(events) == EVENTS_AT_A_TIME else self._poll_s)
         del self._tails[run_id]

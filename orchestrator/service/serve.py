@@ -64,6 +64,7 @@ class ServiceOptions:
     data: Sequence[Path]  # and files
     secrets: Path | None  # folder with one secret a file, which registered teachers may name
     admin_port: int | None  # for Prometheus, on loopback; None: nowhere
+    new_key: bool  # make another administrator's key, for one that is lost
     slots: int | None  # runs at the same time; None: any number
 
 
@@ -72,7 +73,7 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
     logs.start()
     alone = options.database.startswith("sqlite")
     with claim(options.runs, alone=alone) as lock, contextlib.closing(Store(Database(options.database))) as store:
-        _first_key(store, options, say)
+        _admin_key(store, options, say)
         listening = _listen(options)
         url = f"http://{_bracketed(options.host)}:{listening.getsockname()[1]}"
         signer = Signer(_secret(options.runs / SIGNING))
@@ -155,7 +156,7 @@ def claim(runs: Path, *, alone: bool) -> TextIO:
 
     `alone`: raises ConfigError while another service holds it, because a SQLite file is one service's.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    runs.mkdir(mode=0o750, parents=True, exist_ok=True)
     file = (runs / LOCK).open("a")
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -190,13 +191,15 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _first_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
-    if store.keys.any():
+def _admin_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
+    """Make an administrator's key while there is none that opens anything, and where one is asked for."""
+    keys = store.keys.list()
+    if not options.new_key and any(key.principal.sees_all and key.lives for key in keys):
         return
-    if not _is_loopback(options.host):
+    if not keys and not _is_loopback(options.host):
         raise ConfigError(f"--host {options.host}: there is no API key yet; serve once on 127.0.0.1 to make one")
     file = _new_private_file(options.key_file) if options.key_file is not None else None
-    _, key = store.keys.create(owner="operator", label="first", scopes=[Scope.ADMIN])
+    _, key = store.keys.create(owner="operator", label="made by potstill serve", scopes=[Scope.ADMIN])
     if file is not None:
         with file:
             file.write(key + "\n")

@@ -18,6 +18,7 @@ from potstill.errors import ServiceError
 
 # Compared with when a key is unknown, so that the answer takes as long as for a known one.
 _NOBODY = hashed(new_secret())
+_BY_ID = sa.select(KEYS).where(KEYS.c.id == sa.bindparam("key"))  # asked by every request: built once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,10 @@ class Key:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+
+    @property
+    def lives(self) -> bool:
+        return _lives(self)
 
 
 class Keys:
@@ -105,7 +110,7 @@ class Keys:
         """Whose key this is; None for any other text, and for a key that has expired or was revoked."""
         key_id, secret = split_key(text) or ("", text)
         with self._database.reading() as db:
-            row = db.execute(sa.select(KEYS).where(KEYS.c.id == key_id)).first()
+            row = db.execute(_BY_ID, {"key": key_id}).first()
         kept = HashedSecret(salt=row.salt, digest=row.digest) if row else _NOBODY
         return _key(row).principal if kept.matches(secret) and row and _lives(row) else None
 
@@ -136,7 +141,7 @@ def _digest(secret: str) -> bytes:
 
 
 def _row(db: sa.Connection, key_id: str) -> Any:
-    row = db.execute(sa.select(KEYS).where(KEYS.c.id == key_id)).first()
+    row = db.execute(_BY_ID, {"key": key_id}).first()
     if row is None:
         raise ServiceError("there is no such key", 404, "key_not_found")
     return row
