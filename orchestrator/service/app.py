@@ -52,7 +52,14 @@ def create_app(state: ServiceState, *, hosts: Iterable[str] = (), measures: Meas
             await asyncio.to_thread(state.supervisor.stop)
             await state.catalog.scorers.aclose()
 
-    app = FastAPI(title="potstill", version=potstill.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="potstill",
+        version=potstill.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.service = state
     gate.install(app, hosts, Authentication(state.store, state.signer))
     if measures is not None:

@@ -85,9 +85,9 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
         state = compose(store, launcher, signer, options, holder=_holder(alone))
         measures = Measures(store)
         app = create_app(state, hosts=[*options.allowed_hosts, options.host], measures=measures)
-        say(f"potstill serves at {url}")
         try:
             with measures.served(options.admin_port), _until_asked():
+                say(f"potstill serves at {url}")
                 config = uvicorn.Config(
                     app,
                     log_config=None,
