@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=needs_all)
     for item in items:
