@@ -39,7 +39,7 @@ tools: ## PostgreSQL and Chromium, which the tests start: installed where that c
 	.ci/tools
 
 test: setup tools ## all tests, side by side where they can be (JOBS=2)
-	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)

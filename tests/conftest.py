@@ -1,30 +1,28 @@
-"""How tests share a machine: file by file over the processes of `-n`, and those that need all of it last, one by one.
+"""How tests share a machine: file by file over the processes of `-n`; whole runs last, in one of them.
 
-Under `-n` each process computes on one thread. Tests of tests/integration run whole runs, and those that are marked
-`whole_machine` hold a process to its times: they stay in one process, which has the machine once the others are done.
-Files that start a Ray of their own are one group (`xdist_group("ray")`).
+Each process computes on one thread. What is in tests/integration starts processes of its own or holds one to its times:
+it has the machine once the others are done.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
-INTEGRATION = Path(__file__).parent / "integration"
+INTEGRATION = "tests/integration/"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=needs_all)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("whole machine" if needs_all(item) else str(item.path)))
+class ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return INTEGRATION if nodeid.startswith(INTEGRATION) else super()._split_scope(nodeid)
 
 
-def needs_all(item: pytest.Item) -> bool:
-    return INTEGRATION in item.path.parents or item.get_closest_marker("whole_machine") is not None
+@pytest.hookimpl
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)

@@ -17,8 +17,6 @@ from orchestrator.outcome import end, outcome, revocable
 from orchestrator.pulse import first_answer
 from potstill.errors import CapacityError, ConfigError, LearnerLost, RunError, WorkerLost
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

@@ -24,8 +24,6 @@ from potstill.transports.object_store import ObjectStore
 from potstill.transports.shared_memory import SharedMemory, sweep
 from potstill.weights import Bytes, pack, unpack
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SIZE = 1 << 16
 
 
