@@ -32,7 +32,7 @@ async def test_a_process_that_ray_ends_for_its_memory_is_told_apart_with_the_set
             return os.getpid()
 
     working = ray.remote(num_cpus=0)(Process).remote().work.remote()
-    with pytest.raises(MemoryLost, match="ended by Ray, .*: lower rollout.workers") as caught:
+    with pytest.raises(MemoryLost, match=r"ended by Ray, .*: lower rollout\.workers") as caught:
         await asyncio.wait_for(outcome("rollout worker 3", working), 60)
     assert isinstance(caught.value, CapacityError)
     assert caught.value.category == "capacity"
