@@ -6,6 +6,7 @@ DATABASE, so that a test can kill -9 it. HOLDER is its name in the supervisor's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,7 +64,8 @@ class ProcessLauncher:
     def stop(self, submission_id: str) -> None:
         place = self._folder / submission_id
         if (place / "pid").exists() and not (place / "exit").exists():
-            os.kill(int((place / "pid").read_text()), signal.SIGTERM)
+            with contextlib.suppress(ValueError, ProcessLookupError):  # it is just beginning, or has just ended
+                os.kill(int((place / "pid").read_text()), signal.SIGTERM)
 
     def _job(self, place: Path) -> Job:
         code = (place / "exit").read_text().strip() if (place / "exit").exists() else ""

@@ -153,6 +153,9 @@ class Supervisor:
             except ServiceError as error:
                 self.problem = str(error)
                 log.warning("%s; the next look is in %g s", error, self._poll_s)
+            except Exception:  # a mistake of ours in one look: without this thread no run would ever go on
+                self.problem = "the last look at the runs failed by a mistake of the service; its log tells which"
+                log.exception("the next look is in %g s", self._poll_s)
             self._wake.wait(self._poll_s)
             self._wake.clear()
 
@@ -215,7 +218,7 @@ class Supervisor:
             with refusals(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             (folder / STOP_AT_ONCE).unlink(missing_ok=True)
-            write_json(folder / "submitted.json", run.config)
+            write_json(folder / "submitted.json", dict(run.config))
             # what a process before this one wrote would otherwise pass for this one's last word, if it writes none
             write_json(folder / "status.json", {"status": Status.QUEUED.value, "time": time.time()})
             process_log.begin(folder, f"attempt {run.attempt}, {rfc3339(time.time())}")

@@ -8,16 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from orchestrator.service.jobs import Job
+from orchestrator.service.principals import Scope
 from orchestrator.service.store import Store
+from orchestrator.service.store.database import Database
 from potstill.client import Client
+from tests.launchers import ProcessLauncher
 from tests.ports import free_port
-from tests.service_configs import submitted
-from tests.services import RUN, until
+from tests.service_configs import small_files, submitted
+from tests.services import RUN, serving, until
 
 
 def start_api(folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -34,8 +39,9 @@ def start_api(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def test_kill_9_of_the_api_loses_no_acknowledged_run_and_no_event(tmp_path: Path):
-    store = Store(f"sqlite:///{tmp_path / 'potstill.db'}")
-    key = store.create_key("test")
+    store = Store(Database(f"sqlite:///{tmp_path / 'potstill.db'}"))
+    _, key = store.keys.create(owner="operator", label="test", scopes=[Scope.ADMIN])
+    small_files(tmp_path)
     store.close()
     port = free_port()
     api = start_api(tmp_path, port)
@@ -64,8 +70,9 @@ def test_kill_9_of_the_api_loses_no_acknowledged_run_and_no_event(tmp_path: Path
 
 
 def test_a_run_that_ended_while_the_api_was_dead_is_read_from_its_folder(tmp_path: Path):
-    store = Store(f"sqlite:///{tmp_path / 'potstill.db'}")
-    key = store.create_key("test")
+    store = Store(Database(f"sqlite:///{tmp_path / 'potstill.db'}"))
+    _, key = store.keys.create(owner="operator", label="test", scopes=[Scope.ADMIN])
+    small_files(tmp_path)
     store.close()
     port = free_port()
     api = start_api(tmp_path, port)
@@ -86,3 +93,22 @@ def test_a_run_that_ended_while_the_api_was_dead_is_read_from_its_folder(tmp_pat
         api.wait()
     assert run["status"] == "cancelled"
     assert types.count("run.cleaned") == 1
+
+
+class Stumbling(ProcessLauncher):
+    """Makes a mistake that nobody foresaw, once."""
+
+    stumbled = False
+
+    def look(self) -> Mapping[str, Job]:
+        if not self.stumbled:
+            self.stumbled = True
+            raise ZeroDivisionError("nobody foresaw this")
+        return super().look()
+
+
+def test_a_mistake_in_one_look_at_the_runs_does_not_end_the_looking(tmp_path: Path):
+    with serving(tmp_path, lambda url: Stumbling(tmp_path / "jobs", RUN, url)) as service:
+        service.http.post("/v1/runs", json=submitted(name="patient"))
+        until(lambda: service.http.get("/v1/runs/patient").json()["status"] == "succeeded")
+        assert service.http.get("/readyz").status_code == 200
