@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAX_RECORDS = 200  # of one stream in one report
 MAX_BYTES = 1 << 20  # of one stream in one report, but for its last line
 _HOPELESS = frozenset({400, 401, 403, 404, 413, 415, 422})  # the same report would be refused again
-GATHER_S = 0.1  # between two reports that say all there is: a service with many runs takes one of ten events as easily
+GATHER_S = 0.2  # between two reports that say all there is: a service with many runs takes one of ten events as easily
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
 
 Sequence = Annotated[int, Field(ge=1, lt=2**53)]

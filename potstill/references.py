@@ -6,9 +6,10 @@ changes nothing for a run that its own user starts, and it opens nothing that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Field
@@ -62,9 +63,8 @@ class Reference:
 
 def references(section: BaseModel, place: Place = ()) -> Iterator[Reference]:
     """Every value in `section` whose setting is marked; of a list, each of its values. None stands for nothing."""
-    for name, field in type(section).model_fields.items():
-        stands, inside = stands_for(field), _spread(getattr(section, name), (*place, name))
-        for where, value in inside:
+    for name, stands in _marked(type(section)).items():
+        for where, value in _spread(getattr(section, name), (*place, name)):
             if stands is not None:
                 yield Reference(place=where, stands=stands, value=value, is_given=name in section.model_fields_set)
             elif isinstance(value, BaseModel):
@@ -87,6 +87,11 @@ def put(raw: dict[str, Any], place: Place, value: Any) -> None:
     for part in place[:-1]:
         inside = inside[part]
     inside[place[-1]] = value
+
+
+@cache
+def _marked(model: type[BaseModel]) -> Mapping[str, Stands | None]:
+    return {name: stands_for(field) for name, field in model.model_fields.items()}
 
 
 def _marks(annotation: Any) -> Iterator[Any]:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from bench.overload import Caller
+from orchestrator.reporting import GATHER_S, MAX_RECORDS
 
 TICK_S = 0.01
-MAX_RECORDS = 200  # of one report, as orchestrator/reporting.py sends them
 _SEEN = re.compile(rb'"message": ?"made (\d+)".*\nid: (\d+)\n')
 
 
@@ -88,6 +88,8 @@ async def report(caller: Caller, run_id: str, token: str, made_at: list[float], 
         assert answer is not None, "a reporter has a connection of its own"
         assert answer[0] == 200, f"a report was refused: {answer[0]}"
         sent = numbers[-1]
+        if len(numbers) < MAX_RECORDS:
+            await asyncio.sleep(GATHER_S)
         seen.reported[run_id] = sent
         seen.records.append(len(numbers))
 

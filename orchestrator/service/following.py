@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from orchestrator.service.store import Store
 from potstill.errors import ServiceError
 
 RETRY_MS = 3000  # after which a client whose stream broke comes again
-KEEPALIVE_S = 15.0
+KEEPALIVE_S = 15.0  # without an event, after which followers hear a comment, so that they know that the line lives
 EVENTS_AT_A_TIME = 500
 BEHIND = 64  # batches that may wait for a follower
 
@@ -42,9 +43,10 @@ class _Tail:
 class Following:
     """Of one process. Used within its event loop only."""
 
-    def __init__(self, store: Store, *, poll_s: float) -> None:
+    def __init__(self, store: Store, *, poll_s: float, keepalive_s: float = KEEPALIVE_S) -> None:
         self._store = store
         self._poll_s = poll_s
+        self._keepalive_s = keepalive_s
         self._tails: dict[str, _Tail] = {}
         self._open: Counter[str] = Counter()
 
@@ -63,13 +65,12 @@ class Following:
         last = await asyncio.to_thread(self._store.events.last, run_id)
         with self._counted(who), self._heard(run_id, last) as (tail, queue):
             reached = max(after, tail.seq)
-            async for batch in self._replay(run_id, after, reached):
-                yield batch
-            async for arrived in _arriving(queue):
-                if arrived is None:
-                    yield KEEPALIVE_COMMENT
-                elif arrived[0] > reached:
-                    yield arrived[1]
+            async for sent in self._replay(run_id, after, reached):
+                yield sent
+            while (batch := await queue.get()) is not None:
+                number, sent = batch
+                if number > reached or sent is KEEPALIVE_COMMENT:
+                    yield sent
             heard_all = queue in tail.queues  # else it was let go of, and the client asks again
         if tail.ended is not None and heard_all:
             yield format_sse_event(event="end", data_str=json.dumps({"status": tail.ended.value}))
@@ -110,22 +111,29 @@ class Following:
             yield _sent(events)
 
     async def _read(self, run_id: str, tail: _Tail) -> None:
-        """Hand out what comes, until the run is at its end: its last events are read after that is known."""
+        """Hand out what comes, until the run is at its end."""
+        spoke = time.monotonic()
         with suppress(ServiceError):  # the run was deleted, or the database is away: its clients ask again
             while True:
-                state = await asyncio.to_thread(self._store.runs.state, run_id)
-                events = await asyncio.to_thread(
-                    self._store.events.list, run_id, after=tail.seq, limit=EVENTS_AT_A_TIME
-                )
-                if events:
-                    tail.seq = events[-1].seq
-                    self._hand_out(tail, (tail.seq, _sent(events)))
-                elif state.final:
+                state, count, sent = await asyncio.to_thread(self._next, run_id, tail.seq)
+                if not count and state.final:
                     tail.ended = state
                     break
-                await asyncio.sleep(0 if len(events) == EVENTS_AT_A_TIME else self._poll_s)
+                if not count and time.monotonic() > spoke + self._keepalive_s:
+                    sent = KEEPALIVE_COMMENT
+                if sent:
+                    tail.seq += count  # numbers have no gaps
+                    self._hand_out(tail, (tail.seq, sent))
+                    spoke = time.monotonic()
+                await asyncio.sleep(0 if count == EVENTS_AT_A_TIME else self._poll_s)
         del self._tails[run_id]
         self._hand_out(tail, None)
+
+    def _next(self, run_id: str, after: int) -> tuple[State, int, bytes]:
+        """How a run is, and how many events there are behind one: asked in this order, a final run has no more."""
+        state = self._store.runs.state(run_id)
+        events = self._store.events.list(run_id, after=after, limit=EVENTS_AT_A_TIME)
+        return state, len(events), _sent(events)
 
     def _hand_out(self, tail: _Tail, batch: Batch | None) -> None:
         for queue in list(tail.queues):
@@ -136,20 +144,6 @@ class Following:
                 queue.put_nowait(None)
             else:
                 queue.put_nowait(batch)
-
-
-async def _arriving(queue: asyncio.Queue[Batch | None]) -> AsyncIterator[Batch | None]:
-    """Batches until there are no more; None whenever a while has passed without one."""
-    while True:
-        try:
-            async with asyncio.timeout(KEEPALIVE_S):
-                batch = await queue.get()
-        except TimeoutError:
-            yield None
-            continue
-        if batch is None:
-            return
-        yield batch
 
 
 def _sent(events: list[Event]) -> bytes:

@@ -152,7 +152,7 @@ def category_of_exit(exit_code: int | None) -> str:
 
 def run_resource(run: Run) -> dict[str, Any]:
     """The run as the API shows it. Its config has a path of its own; the row's number stays inside."""
-    config = run.config
+    submitted = run.submitted  # says what is asked here, and is read sooner than the whole config
     return {
         "id": run.id,
         "object": "run",
@@ -167,9 +167,9 @@ def run_resource(run: Run) -> dict[str, Any]:
         "priority": run.priority,
         "metadata": dict(run.metadata),
         "notes": run.notes,
-        "method": config["method"],
-        "student": run.submitted["student"]["model"],
-        "teacher": run.submitted["teacher"].get("name") or run.submitted["teacher"]["kind"],
+        "method": submitted["method"],
+        "student": submitted["student"]["model"],
+        "teacher": submitted["teacher"].get("name") or submitted["teacher"]["kind"],
         "progress": progress(run),
         "latest_metrics": dict(run.latest),
         "usage": {
@@ -201,7 +201,7 @@ def _with_names(resolved: Mapping[str, Any], submitted: Mapping[str, Any]) -> di
 
 def progress(run: Run) -> dict[str, Any]:
     """How far it is. `eta_seconds` is None where nothing can be said yet, or any more."""
-    steps = int(run.config["loop"]["steps"])
+    steps = int(run.submitted["loop"]["steps"])
     eta = None
     if (
         run.launched_at is not None

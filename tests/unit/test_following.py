@@ -79,6 +79,17 @@ async def test_a_follower_that_does_not_keep_up_is_let_go_of_and_not_told_that_i
     assert numbers(rest) == []
 
 
+async def test_who_follows_a_silent_run_hears_that_the_line_lives(store: Store):
+    stream = Following(store, poll_s=0.01, keepalive_s=0.02).stream("one", 1, WHO)
+    assert [numbers(await anext(stream)) for _ in range(4)] == [[]] * 4
+    tell(store, 1, 1)
+    heard = b""
+    while not numbers(heard):
+        heard = await anext(stream)
+    assert numbers(heard) == [2]
+    await stream.aclose()
+
+
 async def test_a_key_has_as_many_streams_as_it_may(store: Store):
     followed = Following(store, poll_s=0.01)
     streams = [followed.stream("one", 0, WHO) for _ in range(2)]

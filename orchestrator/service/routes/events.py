@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
 from orchestrator.service.routes.asking import Reader, State, listed
@@ -33,7 +33,7 @@ async def list_events(
     level: Literal["debug", "info", "warn", "error"] | None = None,
     type: Annotated[str | None, Query(max_length=100)] = None,
     last_event_id: Annotated[int | None, Header(ge=0, lt=2**53)] = None,
-) -> Response | dict[str, Any]:
+) -> Response:
     """Events with seq > after: a page, or, for `Accept: text/event-stream`, everything from there to the run's end."""
     await run_in_threadpool(state.store.runs.get, run_id, who)
     if STREAM in request.headers.get("accept", ""):
@@ -44,4 +44,4 @@ async def list_events(
     events = await run_in_threadpool(
         state.store.events.list, run_id, after=after, limit=limit + 1, level=level, type=type
     )
-    return listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq")
+    return JSONResponse(listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq"))

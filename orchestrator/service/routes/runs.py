@@ -87,13 +87,13 @@ def list_runs(
     page: Paging,
     status: Annotated[list[RunState] | None, Query()] = None,
     created_after: datetime | None = None,
-) -> dict[str, Any]:
+) -> JSONResponse:
     """A page of runs by creation, newest first. `metadata[name]=value` keeps those that carry the pair."""
     after = None if created_after is None else created_after.timestamp()
     runs, more = state.store.runs.page(
         who, page, states=status or (), metadata=metadata_filter(request), created_after=after
     )
-    return listed([run_resource(run) for run in runs], more)
+    return JSONResponse(listed([run_resource(run) for run in runs], more))
 
 
 @router.get("/{run_id}", operation_id="get_run")

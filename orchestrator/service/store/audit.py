@@ -20,7 +20,7 @@ class Audit:
         """`action` is dotted and stable, e.g. "run.cancel"; `object` an id. No secret may be in `detail`."""
         row = {"time": time.time(), "key_id": who.key_id, "owner": who.owner, "action": action, "object": object}
         with self._database.writing() as db:
-            db.execute(AUDIT.insert().values(row | {"request_id": request_id, "detail": detail}))
+            db.execute(AUDIT.insert(), row | {"request_id": request_id, "detail": detail})
 
     def list(self, *, limit: int, before: int | None) -> list[dict[str, Any]]:
         """Records, newest first; `before` is the number of the last one of the page before."""

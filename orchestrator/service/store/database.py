@@ -60,6 +60,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
+        """Each statement sees what is there when it runs; none of them holds up a writer."""
         with _away(), self.engine.connect() as db:
             yield db
 
@@ -139,5 +140,5 @@ def _durable(connection: Any, _record: Any) -> None:
 
 def _lock_before_writing(connection: sa.Connection) -> None:
     """A reader that turns writer in mid-transaction could not wait its turn; a writer asks for the lock at once."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    if connection.get_execution_options().get("writes", False):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

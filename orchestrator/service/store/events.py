@@ -19,6 +19,19 @@ from orchestrator.service.store.schema import EVENTS
 STREAMS = ("events", "metrics")  # a run's own logs
 
 
+def _newest(column: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+    """The largest number of a run's events, 0 before the first."""
+    query = sa.select(sa.func.coalesce(sa.func.max(column), 0)).where(EVENTS.c.run_id == sa.bindparam("of"), *where)
+    return query.scalar_subquery()
+
+
+# One question in the middle of every report: the last event's number, and the last one held of each log.
+_NEWEST = sa.select(
+    _newest(EVENTS.c.seq).label("seq"),
+    *(_newest(EVENTS.c.report_seq, EVENTS.c.stream == stream).label(stream) for stream in STREAMS),
+)
+
+
 class Events:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -71,13 +84,14 @@ class Events:
     def reported(self, run_id: str) -> dict[str, int]:
         """The last sequence number held of each of the run's own logs; 0 when it has reported nothing."""
         with self._database.reading() as db:
-            return {stream: _last_reported(db, run_id, stream) for stream in STREAMS}
+            newest = db.execute(_NEWEST, {"of": run_id}).one()
+        return {stream: int(getattr(newest, stream)) for stream in STREAMS}
 
 
 def note(db: sa.Connection, run_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:
     """An event of the service's own."""
     event = {"time": time.time(), "type": type, "level": level, "message": message, "data": data}
-    _insert(db, run_id, "service", [{"report_seq": None, **event}])
+    _insert(db, run_id, _last_seq(db, run_id) + 1, [{"stream": "service", "report_seq": None, **event}])
 
 
 def note_state(db: sa.Connection, run_id: str, state: State, message: str, error: Mapping[str, Any] | None) -> None:
@@ -88,12 +102,33 @@ def note_state(db: sa.Connection, run_id: str, state: State, message: str, error
 
 def append_logs(db: sa.Connection, run_id: str, report: Report) -> dict[str, int]:
     """Append what is new. Returns the last sequence number held of each log. Raises SequenceGap."""
-    records = {"events": _of_events(report), "metrics": _of_metrics(report)}
-    return {stream: _append(db, run_id, stream, records[stream]) for stream in STREAMS}
+    newest = db.execute(_NEWEST, {"of": run_id}).one()
+    held = {stream: int(getattr(newest, stream)) for stream in STREAMS}
+    fresh: list[dict[str, Any]] = []
+    for stream, records in (("events", _of_events(report)), ("metrics", _of_metrics(report))):
+        for record in records:
+            if record["report_seq"] > held[stream] + 1:
+                message = f"{stream}: record {record['report_seq']} came before {held[stream] + 1}"
+                raise SequenceGap(message, 409, "sequence_gap", stream, held[stream] + 1)
+            if record["report_seq"] == held[stream] + 1:
+                fresh.append({"stream": stream, **record})
+                held[stream] += 1
+    _insert(db, run_id, int(newest.seq) + 1, fresh)
+    return held
 
 
 def _of_events(report: Report) -> list[dict[str, Any]]:
-    return [event.model_dump(exclude={"seq"}) | {"report_seq": event.seq} for event in report.events]
+    return [
+        {
+            "report_seq": event.seq,
+            "time": event.time,
+            "type": event.type,
+            "level": event.level,
+            "message": event.message,
+            "data": event.data,
+        }
+        for event in report.events
+    ]
 
 
 def _of_metrics(report: Report) -> list[dict[str, Any]]:
@@ -110,38 +145,15 @@ def _of_metrics(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _append(db: sa.Connection, run_id: str, stream: str, records: Sequence[Mapping[str, Any]]) -> int:
-    last = _last_reported(db, run_id, stream)
-    fresh = []
-    for record in records:
-        if record["report_seq"] > last + 1:
-            message = f"{stream}: record {record['report_seq']} came before {last + 1}"
-            raise SequenceGap(message, 409, "sequence_gap", stream, last + 1)
-        if record["report_seq"] == last + 1:
-            fresh.append(record)
-            last += 1
-    _insert(db, run_id, stream, fresh)
-    return last
-
-
-def _last_reported(db: sa.Connection, run_id: str, stream: str) -> int:
-    newest = sa.select(sa.func.max(EVENTS.c.report_seq))
-    found = db.execute(newest.where(EVENTS.c.run_id == run_id, EVENTS.c.stream == stream)).scalar()
-    return 0 if found is None else int(found)
-
-
 def _last_seq(db: sa.Connection, run_id: str) -> int:
     found = db.execute(sa.select(sa.func.max(EVENTS.c.seq)).where(EVENTS.c.run_id == run_id)).scalar()
     return 0 if found is None else int(found)
 
 
-def _insert(db: sa.Connection, run_id: str, stream: str, records: Sequence[Mapping[str, Any]]) -> None:
+def _insert(db: sa.Connection, run_id: str, first: int, records: Sequence[Mapping[str, Any]]) -> None:
     """Number the records and insert them. The caller holds the run's row, so no other writer takes the numbers."""
-    if not records:
-        return
-    first = _last_seq(db, run_id) + 1
-    rows = [{"run_id": run_id, "stream": stream, "seq": seq, **record} for seq, record in enumerate(records, first)]
-    db.execute(EVENTS.insert(), rows)
+    if records:
+        db.execute(EVENTS.insert(), [{"run_id": run_id, "seq": seq, **one} for seq, one in enumerate(records, first)])
 
 
 def _event(row: Any) -> Event:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,6 +30,25 @@ Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
 _STATE = (RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s)
+
+
+def _sum(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    return sa.func.coalesce(sa.func.sum(column), 0)
+
+
+def _count(states: Iterable[State]) -> sa.ColumnElement[Any]:
+    return _sum(sa.case((RUNS.c.status.in_([state.value for state in states]), 1), else_=0))
+
+
+_PRESENT = sa.case((RUNS.c.launched_at.is_(None), 0.0), else_=sa.bindparam("now", type_=sa.Double) - RUNS.c.launched_at)
+_USAGE = sa.select(
+    sa.func.count().label("runs"),
+    _count(state for state in State if not state.final).label("unfinished"),
+    _count(state for state in State if state.active).label("running"),
+    (_sum(RUNS.c.gpus * (RUNS.c.busy_s + _PRESENT)) / 3600.0).label("gpu_hours"),
+    _sum(RUNS.c.teacher_tokens).label("teacher_tokens"),
+    _sum(RUNS.c.teacher_usd).label("teacher_usd"),
+).where(RUNS.c.key_id == sa.bindparam("key"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +77,7 @@ class Runs:
         Raises ServiceError: 409 name_taken, or deleted for a file or teacher that it names; 422 idempotency_key_reused;
         and what `admission` raises.
         """
-        row = asdict(new) | {
+        row = {one.name: getattr(new, one.name) for one in fields(new)} | {
             "key_id": once.key_id,
             "status": State.QUEUED.value,
             "submission_id": _submission_id(new.id),
@@ -78,7 +97,7 @@ class Runs:
                 db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == once.key_id).with_for_update())  # one at a time
                 admission(db)
                 require_named(db, new.submitted)
-                db.execute(RUNS.insert().values(row))
+                db.execute(RUNS.insert(), row)
                 remember(db, once, new.id)
                 note_state(db, new.id, State.QUEUED, "the run is stored and waits for its turn", None)
                 return run_of(_row(db, new.id)), False
@@ -251,19 +270,7 @@ class Runs:
 
 
 def _usage(db: sa.Connection, key_id: str) -> Usage:
-    live = [state.value for state in State if not state.final]
-    active = [state.value for state in State if state.active]
-    present = sa.case((RUNS.c.launched_at.is_(None), 0.0), else_=time.time() - RUNS.c.launched_at)
-    columns = {
-        "runs": sa.func.count(),
-        "unfinished": _sum(sa.case((RUNS.c.status.in_(live), 1), else_=0)),
-        "running": _sum(sa.case((RUNS.c.status.in_(active), 1), else_=0)),
-        "gpu_hours": _sum(RUNS.c.gpus * (RUNS.c.busy_s + present)) / 3600.0,
-        "teacher_tokens": _sum(RUNS.c.teacher_tokens),
-        "teacher_usd": _sum(RUNS.c.teacher_usd),
-    }
-    query = sa.select(*(column.label(name) for name, column in columns.items())).where(RUNS.c.key_id == key_id)
-    row = db.execute(query).one()
+    row = db.execute(_USAGE, {"key": key_id, "now": time.time()}).one()
     return Usage(
         runs=int(row.runs),
         unfinished=int(row.unfinished),
@@ -274,14 +281,10 @@ def _usage(db: sa.Connection, key_id: str) -> Usage:
     )
 
 
-def _sum(column: Any) -> Any:
-    return sa.func.coalesce(sa.func.sum(column), 0)
-
-
 def run_of(row: Any) -> Run:
     """A row of the table as the run it describes."""
-    fields = {name: value for name, value in row._mapping.items() if name not in {"number", "status", "error"}}
-    return Run(state=State(row.status), error=Failure(**row.error) if row.error is not None else None, **fields)
+    known = {name: value for name, value in row._mapping.items() if name not in {"number", "status", "error"}}
+    return Run(state=State(row.status), error=Failure(**row.error) if row.error is not None else None, **known)
 
 
 def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, lock: bool = False) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from orchestrator.service.store.unread import UnreadJSON
+
 META = sa.MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -47,8 +49,8 @@ RUNS = sa.Table(
     sa.Column("owner", sa.String(63), nullable=False),
     sa.Column("key_id", sa.String(20), nullable=False),
     sa.Column("status", sa.String(20), nullable=False, index=True),
-    sa.Column("submitted", sa.JSON, nullable=False),  # as its client wrote it, by names
-    sa.Column("config", sa.JSON, nullable=False),  # resolved, as its process reads it
+    sa.Column("submitted", UnreadJSON, nullable=False),  # as its client wrote it, by names
+    sa.Column("config", UnreadJSON, nullable=False),  # resolved, as its process reads it
     sa.Column("submission_id", sa.String(100), unique=True, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     # what its owner may change
@@ -74,6 +76,8 @@ RUNS = sa.Table(
     sa.Column("teacher_tokens", sa.BigInteger, nullable=False),
     sa.Column("teacher_usd", sa.Double, nullable=False),
     sa.Index("ix_runs_owner_number", "owner", "number"),
+    # all that is added up over a key's runs, so that their configs are not read for it
+    sa.Index("ix_runs_usage", "key_id", "status", "gpus", "busy_s", "launched_at", "teacher_tokens", "teacher_usd"),
 )
 EVENTS = sa.Table(
     "events",

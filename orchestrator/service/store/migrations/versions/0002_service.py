@@ -149,6 +149,8 @@ def _create() -> None:
         sa.UniqueConstraint("submission_id", name=op.f("uq_runs_submission_id")),
     )
     op.create_index("ix_runs_owner_number", "runs", ["owner", "number"], unique=False)
+    used = ["key_id", "status", "gpus", "busy_s", "launched_at", "teacher_tokens", "teacher_usd"]
+    op.create_index("ix_runs_usage", "runs", used, unique=False)
     op.create_index(op.f("ix_runs_status"), "runs", ["status"], unique=False)
     op.create_table(
         "teachers",
