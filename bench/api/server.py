@@ -24,7 +24,6 @@ SLOTS = 10  # the runs that are at work: what the bench creates stays in the que
 
 
 def main() -> None:
-
     folder, port, database = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     store = Store(Database(database))
     launcher = EndlessLauncher(run.submission_id for run in store.runs.unfinished())
