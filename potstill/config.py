@@ -22,6 +22,7 @@ from potstill.references import DataRef, ModelRef, Options, Port, StateFile
 from potstill.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class LoraConfig(Section):
@@ -54,7 +55,7 @@ class ReasoningGymData(Section):
     """A reasoning-gym dataset, e.g. "chain_sum"."""
     options: Options = Field(default_factory=dict)
     """Its generator's settings, e.g. {min_digits = 3}."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the task stream. Held-out items come from a stream of their own and are never trained on."""
 
 
@@ -289,7 +290,7 @@ class RunConfig(Section):
     """Lower-case letters, digits, - and _; 63 at most."""
     runs: StateFile = "runs"
     """Folder that holds the run's folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Of prompts, sampling and initial weights of adapters."""
     method: str
     """A preset: see `potstill methods`."""

@@ -10,6 +10,7 @@ import copy
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from potstill.config import RunConfig
 from potstill.errors import ConfigError
 from potstill.nearest import hint, similar
 from potstill.section import models_in
+
+MOST_MISTAKES = 100
 
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,7 +36,7 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(json.loads(json.dumps(merged, default=str)))
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines(error))) from None
+        raise ConfigError(first_mistakes(_lines(error))) from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -95,6 +98,12 @@ def override_value(text: str) -> Any:
         return float(value)  # YAML 1.1 reads 1e-4 as text
     except ValueError:
         return text
+
+
+def first_mistakes(lines: Iterator[str]) -> str:
+    """As many as somebody reads, a line each: to find the nearest name for each of thousands takes minutes."""
+    told = list(islice(lines, MOST_MISTAKES))
+    return "\n".join([*told, "and more"] if next(lines, None) is not None else told)
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

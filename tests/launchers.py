@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,11 +43,11 @@ class ProcessLauncher:
 
     def launch(self, run: Run, config: Path, token: str, *, resume: bool) -> None:
         place = self._folder / run.submission_id
-        try:
-            place.mkdir()
-        except FileExistsError:  # as Ray refuses a second job of one name
-            raise ServiceError("there is such a job already", 503, "cluster_unavailable") from None
-        shell = f'{self._script} & echo $! > "{place}/pid"; wait $!; echo $? > "{place}/exit"'
+        if place.exists():  # as Ray refuses a second job of one name
+            raise ServiceError("there is such a job already", 503, "cluster_unavailable")
+        # The job makes its own place, so that a service that is killed here leaves a whole job or none.
+        job = f'{self._script} & echo $! > "{place}/pid"; wait $!; echo $? > "{place}/exit"'
+        shell = f'mkdir "{place}" && {{ {job}; }}'
         environment = {
             **os.environ,
             "POTSTILL_RUN_TOKEN": token,
@@ -56,7 +57,11 @@ class ProcessLauncher:
             "RESUME": "--resume" if resume else "",
         }
         with log_of(config.parent).open("ab") as log:
-            subprocess.Popen(["sh", "-c", shell], env=environment, stdout=log, stderr=log, start_new_session=True)
+            started = subprocess.Popen(
+                ["sh", "-c", shell], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        while not place.exists() and started.poll() is None:
+            time.sleep(0.001)
 
     def look(self) -> Mapping[str, Job]:
         return {place.name: self._job(place) for place in self._folder.iterdir()}

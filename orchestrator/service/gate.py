@@ -155,7 +155,10 @@ def install(app: FastAPI, hosts: Iterable[str], authentication: Authentication) 
 
 def _invalid(request: Request, code: str, mistakes: list[dict[str, Any]]) -> JSONResponse:
     """400 with what is wrong, a line a mistake: the first ones, and no longer than somebody reads."""
-    details = [mistake | {"message": mistake["message"][:LONGEST_LINE]} for mistake in mistakes[:MOST_DETAILS]]
+    details = [
+        {name: None if text is None else text[:LONGEST_LINE] for name, text in mistake.items()}
+        for mistake in mistakes[:MOST_DETAILS]
+    ]
     lines = [detail["message"] for detail in details]
     if len(mistakes) > len(details):
         lines.append(f"and {len(mistakes) - len(details)} more")
@@ -184,8 +187,8 @@ def _error(
     sent = dict(headers or {}) | {"x-request-id": request_id}
     if status == 401:
         sent["www-authenticate"] = "Bearer"
-    if status in _UNREAD:
-        sent["connection"] = "close"  # or the rest of the body would come all the same
+    if status in _UNREAD or status == 500:  # the rest of the body would come; the server hangs up after a mistake
+        sent["connection"] = "close"
     if status in _RETRYABLE:
         sent["retry-after"] = str(RETRY_AFTER_S)
     if status == 409:

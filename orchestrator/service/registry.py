@@ -23,6 +23,7 @@ from orchestrator.service.shelves import Shelf, inside
 from orchestrator.service.store.pages import Page
 from orchestrator.service.store.teachers import Teacher, Teachers
 from potstill.calling.guard import Guard
+from potstill.config_file import first_mistakes
 from potstill.config_teachers import CompletionsTeacher, OpenAITeacher, RemoteWriter, ServerTeacher, VllmTeacher
 from potstill.errors import ConfigError, ServiceError
 from potstill.model_folder import why_unsafe
@@ -210,7 +211,7 @@ def _parsed(table: Mapping[str, Any]) -> Called:
     try:
         return KINDS[kind].model_validate(dict(table))
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines(KINDS[kind], error))) from None
+        raise ConfigError(first_mistakes(_lines(KINDS[kind], error))) from None
 
 
 def _lines(kind: type[BaseModel], error: ValidationError) -> Iterator[str]:

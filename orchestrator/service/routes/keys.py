@@ -26,7 +26,7 @@ class NewKey(BaseModel):
     owner: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     """Whose runs it sees: a person or a team. Several keys may have one owner."""
     label: Annotated[str, Field(max_length=100)] = ""
-    scopes: Annotated[list[Scope], Field(min_length=1)] = [Scope.RUNS_READ, Scope.RUNS_WRITE]
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=20)] = [Scope.RUNS_READ, Scope.RUNS_WRITE]
     limits: Limits = Limits()
     expires_in_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
 
