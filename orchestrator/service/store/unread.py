@@ -43,5 +43,8 @@ class UnreadJSON(sa.TypeDecorator[Mapping[str, Any]]):
     def column_expression(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         return sa.type_coerce(sa.cast(column, sa.Text), self)
 
+    def process_bind_param(self, value: Mapping[str, Any] | None, dialect: sa.Dialect) -> dict[str, Any] | None:
+        return None if value is None else dict(value)
+
     def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[Any], Unread | None]:
         return lambda text: None if text is None else Unread(text)
