@@ -75,6 +75,7 @@ class ReportedStatus(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     status: Status
     time: Seconds
+    code_version: Annotated[str, Field(max_length=40)] | None = None
     error: ReportedError | None = None
 
 

@@ -23,6 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from potstill import __version__
 from potstill.errors import ConfigError, PotstillError
 from potstill.refusals import refusals
 
@@ -89,7 +90,8 @@ class Journal:
         if self._status.final:
             raise ValueError(f"{self.folder.name} is already {self._status}")
         self._status = status
-        record: dict[str, Any] = {"status": status.value, "time": time.time(), "pid": os.getpid(), **detail}
+        now: dict[str, Any] = {"status": status.value, "time": time.time()}
+        record = now | {"pid": os.getpid(), "code_version": __version__} | detail
         if error is not None:
             record["error"] = {"type": type(error).__name__, "category": error.category, "message": str(error)}
         write_json(self.folder / "status.json", record)

@@ -102,6 +102,8 @@ class Run(Answer):
     id: str
     object: Literal["run"]
     status: State
+    status_since: str
+    status_message: str
     attempt: int
     created_at: str
     started_at: str | None
@@ -120,7 +122,10 @@ class Run(Answer):
     usage: RunUsage
     forked_from: Origin | None
     submission_id: str
+    config_sha256: str | None
+    code_version: str | None
     error: Failure | None
+    links: dict[str, str]
 
 
 class RunPlan(Answer):

@@ -13,6 +13,8 @@ Pure. Refuses to leave a final state but by a retry, and to go back before a run
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -66,6 +68,7 @@ MOVES: Mapping[State, frozenset[State]] = {
     State.CANCELLED: frozenset(),
 }
 RETRIED = frozenset({State.FAILED, State.CANCELLED})
+_LINKED = ("config", "events", "metrics", "logs", "samples", "checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +89,11 @@ class Run:
     owner: str
     key_id: str
     state: State
+    state_since: float
+    state_message: str  # why it is in that state
     submitted: Mapping[str, Any]  # its config as its client wrote it: models, files and teachers by name
     config: Mapping[str, Any]  # resolved, as its process reads it
+    config_sha256: str | None
     submission_id: str  # its job's name in the cluster, fixed before the job is launched
     attempt: int  # from 1; a lost process, a resume and a retry begin another
     revision: int  # of priority, metadata and notes
@@ -97,6 +103,7 @@ class Run:
     step: int  # the last one that it has reported
     latest: Mapping[str, float | None]  # that step's numbers
     heartbeat_at: float | None  # when it was heard of last
+    code_version: str | None  # of potstill, in the process that reported last
     error: Failure | None
     forked_from: str | None
     forked_checkpoint: str | None
@@ -157,6 +164,8 @@ def run_resource(run: Run) -> dict[str, Any]:
         "id": run.id,
         "object": "run",
         "status": run.state.value,
+        "status_since": rfc3339(run.state_since),
+        "status_message": run.state_message,
         "attempt": run.attempt,
         "created_at": rfc3339(run.created_at),
         "started_at": rfc3339(run.started_at),
@@ -181,8 +190,17 @@ def run_resource(run: Run) -> dict[str, Any]:
         if run.forked_from is None
         else {"run": run.forked_from, "checkpoint": run.forked_checkpoint},
         "submission_id": run.submission_id,
+        "config_sha256": run.config_sha256,
+        "code_version": run.code_version,
         "error": asdict(run.error) if run.error is not None else None,
+        "links": {"html": f"/runs/{run.id}"} | {name: f"/v1/runs/{run.id}/{name}" for name in _LINKED},
     }
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Of all that decides a run's numbers: runs of one digest differ in their names alone, and where they lie."""
+    deciding = {key: value for key, value in config.items() if key not in {"name", "runs"}}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def config_resource(run: Run) -> dict[str, Any]:

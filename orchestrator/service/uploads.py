@@ -100,7 +100,8 @@ class Uploads:
     def keep(self, incoming: Incoming, label: Label, who: Principal, once: Once) -> tuple[File, bool]:
         """Read it to its end and keep it; the flag tells that the same request had done so before.
 
-        Raises ServiceError: 400 with the lines that are wrong, 422 for an Idempotency-Key of another request.
+        Raises ServiceError: 400 with the lines that are wrong, 422 for an Idempotency-Key of another request, 429 when
+        its key may keep no more.
         """
         earlier = self._files.earlier(once)
         if earlier is not None:
@@ -115,7 +116,11 @@ class Uploads:
             converted.rename(_read_by_runs(place))
         incoming.path.rename(place)
         fsync_folder(self.folder)
-        kept, replayed = self._files.add(file, once)
+        try:
+            kept, replayed = self._files.add(file, once, who.limits)
+        except ServiceError:
+            self._remove(file.id)
+            raise
         if replayed:
             self._remove(file.id)
         return kept, replayed

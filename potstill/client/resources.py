@@ -69,6 +69,8 @@ class Run(TypedDict):
     id: str
     object: Literal["run"]
     status: Status
+    status_since: str
+    status_message: str
     attempt: int
     created_at: str
     started_at: str | None
@@ -86,7 +88,11 @@ class Run(TypedDict):
     latest_metrics: dict[str, float | None]
     usage: Usage
     forked_from: dict[str, str | None] | None
+    submission_id: str
+    config_sha256: str | None
+    code_version: str | None
     error: Failure | None
+    links: dict[str, str]
 
 
 class Plan(TypedDict):

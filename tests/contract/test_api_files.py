@@ -123,6 +123,22 @@ def test_a_file_is_its_owners_alone(service: Service) -> None:
         refused(reader.delete(f"/v1/files/{file['id']}"), 403, "missing_scope")
 
 
+def test_a_key_keeps_as_many_bytes_as_it_may(service: Service) -> None:
+    content = jsonl(ROWS)
+    headers = {"content-type": LINES}
+    query = {"filename": "a.jsonl", "purpose": "prompts"}
+    key = service.key_for("eve", Scope.RUNS_READ, Scope.RUNS_WRITE, stored_bytes=len(content) * 3 // 2)
+    with service.asking(key) as eve:
+        first = eve.post("/v1/files", content=content, params=query, headers=headers).json()
+        for sent in (content, iter([content])):  # the second without a length
+            told = refused(eve.post("/v1/files", content=sent, params=query, headers=headers), 429, "quota_exceeded")
+            assert f"{len(content)} of {len(content) * 3 // 2}" in told
+        stored = list((service.folder / "runs/.uploads").iterdir())
+        assert all(service.store.files.exists(path.name.removesuffix(".jsonl")) for path in stored)
+        assert eve.delete(f"/v1/files/{first['id']}").status_code == 200
+        assert eve.post("/v1/files", content=content, params=query, headers=headers).status_code == 201
+
+
 @pytest.mark.parametrize("name", ["file-..%2f..%2fpotstill.db", "..", "%2e%2e", "file-0", "file-%00", "a" * 3000])
 def test_an_id_leads_nowhere_else(service: Service, name: str) -> None:
     for path in (f"/v1/files/{name}", f"/v1/files/{name}/content"):

@@ -279,7 +279,7 @@ def uploaded(catalog: Catalog, folder: Path, who: Principal) -> str:
         format="jsonl", bytes=1, sha256="0" * 64, rows=1, columns=["prompt"], created_at=1.0,
     )  # fmt: skip
     catalogs.prompts(folder / "uploads" / file.id)
-    return catalog._store.files.add(file, once(who=who))[0].id
+    return catalog._store.files.add(file, once(who=who), who.limits)[0].id
 
 
 def test_an_uploaded_file_is_its_owners_to_name(catalog: Catalog, folder: Path) -> None:

@@ -14,6 +14,7 @@ from orchestrator.service.runs import (
     category_of_exit,
     check_move,
     config_resource,
+    config_sha256,
     progress,
     run_resource,
 )
@@ -88,6 +89,17 @@ def test_the_config_is_shown_with_the_names_that_its_client_used():
         "student": {"model": "tiny", "dtype": "float32"},
         "teacher": {"kind": "registered", "name": "big"},
     }
+
+
+def test_runs_that_differ_in_their_names_alone_have_one_digest():
+    config = {"name": "a", "runs": "/srv/runs", "method": "opd", "loop": {"steps": 10}}
+    assert config_sha256(config) == config_sha256({"loop": {"steps": 10}, **config, "name": "b", "runs": "/other"})
+    assert config_sha256(config) != config_sha256(config | {"loop": {"steps": 11}})
+
+
+def test_a_run_says_where_its_parts_are():
+    links = run_resource(run("mine"))["links"]
+    assert (links["html"], links["events"]) == ("/runs/mine", "/v1/runs/mine/events")
 
 
 def test_how_far_a_run_is_and_when_it_will_be_done():

@@ -406,11 +406,16 @@ def test_writers_at_the_same_time_number_events_without_gaps(store: Store):
 def test_a_reported_status_moves_the_run_and_a_late_one_changes_nothing(store: Store):
     create(store)
     error = {"type": "NonFinite", "category": "system", "message": "loss is NaN"}
-    store.runs.report("one", events(statuses=[{"status": "running", "time": 2.0, "pid": 1}]))
-    store.runs.report("one", events(1, statuses=[{"status": "failed", "time": 3.0, "pid": 1, "error": error}]))
-    store.runs.report("one", events(2, statuses=[{"status": "succeeded", "time": 4.0, "pid": 1}]))
+    assert store.runs.get("one").state_message == "the run is stored and waits for its turn"
+    running = {"status": "running", "time": 2.0, "pid": 1, "code_version": "0.1.0"}
+    store.runs.report("one", events(statuses=[running]))
+    run = store.runs.get("one")
+    assert (run.state_since, run.state_message) == (2.0, "the run reports that it is running")
+    store.runs.report("one", events(1, statuses=[running | {"status": "failed", "time": 3.0, "error": error}]))
+    store.runs.report("one", events(2, statuses=[running | {"status": "succeeded", "time": 4.0}]))
     run = store.runs.get("one")
     assert (run.state, run.started_at, run.finished_at) == (State.FAILED, 2.0, 3.0)
+    assert (run.state_since, run.code_version) == (3.0, "0.1.0")
     assert run.error == Failure(type="NonFinite", category="system", message="loss is NaN")
     assert told(store) == ["m1", "m2"]
 

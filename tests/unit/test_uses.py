@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.service.principals import Limits
 from orchestrator.service.runs import State
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
@@ -36,7 +37,7 @@ def put_file(store: Store) -> str:
         id=new_file_id("0" * 64), owner="anna", key_id="k", filename="x", purpose="prompts", format="jsonl",
         bytes=1, sha256="0" * 64, rows=1, columns=["prompt"], created_at=1.0,
     )  # fmt: skip
-    return store.files.add(file, once())[0].id
+    return store.files.add(file, once(), Limits())[0].id
 
 
 def run_that_names(store: Store, name: str, **places: Any) -> None:

@@ -71,7 +71,7 @@ async def upload_file(
     with a wrong one is refused, with the first twenty named.
     """
     uploads = state.catalog.uploads
-    _check_headers(request, uploads)
+    await asyncio.to_thread(state.store.files.require_room, who, _announced(request, uploads))
     with uploads.incoming() as incoming:
         label = await _receive(request, incoming, filename, purpose, silence_s=uploads.silence_s)
         file, replayed = await asyncio.to_thread(_keep, uploads, incoming, label, who, idempotency_key)
@@ -114,12 +114,15 @@ def delete_file(file_id: str, who: Writer, state: State, audit: Auditing) -> dic
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def _check_headers(request: Request, uploads: Uploads) -> None:
+def _announced(request: Request, uploads: Uploads) -> int:
+    """The size that the headers name, 0 where they name none. Raises ServiceError: 413, 415."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise ServiceError("send the file without a content encoding", 415, "content_encoding")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and len(announced) < 20 and int(announced) > uploads.max_bytes + _FORM_BYTES:
+    length = request.headers.get("content-length", "0")
+    size = int(length) if length.isdecimal() and len(length) < 20 else 0
+    if size > uploads.max_bytes + _FORM_BYTES:
         raise too_large(uploads.max_bytes)
+    return max(0, size - _FORM_BYTES)
 
 
 async def _receive(

@@ -10,11 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.service.principals import Principal
+from orchestrator.service.principals import Limits, Principal
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.pages import Page, page_of, visible
-from orchestrator.service.store.schema import FILES
+from orchestrator.service.store.schema import FILES, KEYS
 from orchestrator.service.store.uses import require_unused
 from potstill.errors import ServiceError
 
@@ -46,12 +46,17 @@ class Files:
             made = made_before(db, once)
             return None if made is None else _file(_row(db, made, None))
 
-    def add(self, file: File, once: Once) -> tuple[File, bool]:
-        """Keep it; the flag tells that the same request had made another before. Raises ServiceError (422)."""
+    def add(self, file: File, once: Once, limits: Limits) -> tuple[File, bool]:
+        """Keep it; the flag tells that the same request had made another before.
+
+        Raises ServiceError: 422 idempotency_key_reused, 429 quota_exceeded.
+        """
         try:
             with self._database.writing() as db:
                 if (made := made_before(db, once)) is not None:
                     return _file(_row(db, made, None)), True
+                db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == file.key_id).with_for_update())  # one at a time
+                _require_room(db, file.key_id, limits, file.bytes)
                 db.execute(FILES.insert().values(asdict(file) | {"columns": list(file.columns)}))
                 remember(db, once, file.id)
         except IntegrityError:  # another connection was first with the same request
@@ -60,6 +65,11 @@ class Files:
                 raise
             return earlier, True
         return file, False
+
+    def require_room(self, who: Principal, size: int) -> None:
+        """Raises ServiceError (429, quota_exceeded) when `size` bytes more are too many for this key."""
+        with self._database.reading() as db:
+            _require_room(db, who.key_id, who.limits, size)
 
     def get(self, file_id: str, viewer: Principal | None) -> File:
         """Raises ServiceError (404) when there is no such file for the viewer."""
@@ -86,6 +96,15 @@ class Files:
 
 def new_file_id(sha256: str) -> str:
     return f"file-{sha256[:12]}{time.time_ns():x}"
+
+
+def _require_room(db: sa.Connection, key_id: str, limits: Limits, size: int) -> None:
+    kept = db.execute(
+        sa.select(sa.func.coalesce(sa.func.sum(FILES.c.bytes), 0)).where(FILES.c.key_id == key_id)
+    ).scalar_one()
+    if kept + size > limits.stored_bytes:
+        message = f"this key's limit of stored_bytes is reached: {kept} of {limits.stored_bytes} are used; delete files"
+        raise ServiceError(message, 429, "quota_exceeded")
 
 
 def _row(db: sa.Connection, file_id: str, viewer: Principal | None, *, lock: bool = False) -> Any:

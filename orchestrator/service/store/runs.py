@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from orchestrator.reporting import Report, ReportedStatus
 from orchestrator.service.principals import Principal
-from orchestrator.service.runs import RETRIED, Failure, Run, State, check_move
+from orchestrator.service.runs import RETRIED, Failure, Run, State, check_move, config_sha256
 from orchestrator.service.scheduling import Usage
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.events import append_logs, note, note_state
@@ -29,6 +29,7 @@ from potstill.errors import ServiceError
 Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
+_STORED = "the run is stored and waits for its turn"
 _STATE = (RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s)
 
 
@@ -77,15 +78,19 @@ class Runs:
         Raises ServiceError: 409 name_taken, or deleted for a file or teacher that it names; 422 idempotency_key_reused;
         and what `admission` raises.
         """
+        now = time.time()
         row = {one.name: getattr(new, one.name) for one in fields(new)} | {
             "key_id": once.key_id,
             "status": State.QUEUED.value,
+            "status_since": now,
+            "status_message": _STORED,
+            "config_sha256": config_sha256(new.config),
             "submission_id": _submission_id(new.id),
             "attempt": 1,
             "revision": 1,
             "step": 0,
             "latest": {},
-            "created_at": time.time(),
+            "created_at": now,
             "busy_s": 0.0,
             "teacher_tokens": 0,
             "teacher_usd": 0.0,
@@ -99,7 +104,7 @@ class Runs:
                 require_named(db, new.submitted)
                 db.execute(RUNS.insert(), row)
                 remember(db, once, new.id)
-                note_state(db, new.id, State.QUEUED, "the run is stored and waits for its turn", None)
+                note_state(db, new.id, State.QUEUED, _STORED, None)
                 return run_of(_row(db, new.id)), False
         except IntegrityError:
             return self._lost_race(new.id, once)
@@ -263,6 +268,8 @@ class Runs:
             if report.metrics:
                 newest = report.metrics[-1]
                 heard |= {"step": newest.step, "latest": newest.values}
+            if report.statuses:
+                heard["code_version"] = report.statuses[-1].code_version
             db.execute(RUNS.update().where(RUNS.c.id == run_id).values(heard))
             for status in report.statuses:
                 row = _apply(db, row, status)
@@ -283,8 +290,15 @@ def _usage(db: sa.Connection, key_id: str) -> Usage:
 
 def run_of(row: Any) -> Run:
     """A row of the table as the run it describes."""
-    known = {name: value for name, value in row._mapping.items() if name not in {"number", "status", "error"}}
-    return Run(state=State(row.status), error=Failure(**row.error) if row.error is not None else None, **known)
+    read = dict(row._mapping)
+    del read["number"]
+    return Run(
+        state=State(read.pop("status")),
+        state_since=read.pop("status_since"),
+        state_message=read.pop("status_message"),
+        error=Failure(**error) if (error := read.pop("error")) is not None else None,
+        **read,
+    )
 
 
 def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, lock: bool = False) -> Any:
@@ -325,7 +339,12 @@ def _move(
     if not retry:
         check_move(row.id, State(row.status), state)
     error = asdict(failure) if failure is not None else None
-    change: dict[str, Any] = {"status": state.value, "error": error}
+    change: dict[str, Any] = {
+        "status": state.value,
+        "status_since": when,
+        "status_message": message,
+        "error": error,
+    }
     if state is State.STARTING:
         change["launched_at"] = when
     if state is State.RUNNING and row.started_at is None:

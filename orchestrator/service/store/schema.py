@@ -49,8 +49,11 @@ RUNS = sa.Table(
     sa.Column("owner", sa.String(63), nullable=False),
     sa.Column("key_id", sa.String(20), nullable=False),
     sa.Column("status", sa.String(20), nullable=False, index=True),
+    sa.Column("status_since", sa.Double, nullable=False),
+    sa.Column("status_message", sa.Text, nullable=False),
     sa.Column("submitted", UnreadJSON, nullable=False),  # as its client wrote it, by names
     sa.Column("config", UnreadJSON, nullable=False),  # resolved, as its process reads it
+    sa.Column("config_sha256", sa.String(64)),  # None of runs that are older than the column
     sa.Column("submission_id", sa.String(100), unique=True, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     # what its owner may change
@@ -62,6 +65,7 @@ RUNS = sa.Table(
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("latest", sa.JSON, nullable=False),
     sa.Column("heartbeat_at", sa.Double),
+    sa.Column("code_version", sa.String(40)),  # of the process that reported last
     sa.Column("error", sa.JSON(none_as_null=True)),
     # where it came from
     sa.Column("forked_from", sa.String(63)),

@@ -19,12 +19,13 @@ _COPIES = (
     SELECT id, 'operator', label, '["admin"]', '{}', salt, digest, created_at FROM old_keys ORDER BY created_at
     """,
     """
-    INSERT INTO runs (id, owner, key_id, status, submitted, config, submission_id, attempt, revision, priority,
-        metadata, notes, step, latest, error, created_at, started_at, finished_at, launched_at, gpus, busy_s,
-        teacher_tokens, teacher_usd)
-    SELECT id, 'operator', coalesce((SELECT key_id FROM old_idempotency i WHERE i.run_id = r.id), ''), status, config,
-        config, submission_id, 1, 1, 0, '{}', '', 0, '{}', error, created_at, started_at, finished_at,
-        CASE WHEN finished_at IS NULL THEN started_at END, 0, 0, 0, 0
+    INSERT INTO runs (id, owner, key_id, status, status_since, status_message,
+        submitted, config, submission_id, attempt, revision, priority, metadata, notes, step, latest, error,
+        created_at, started_at, finished_at, launched_at, gpus, busy_s, teacher_tokens, teacher_usd)
+    SELECT id, 'operator', coalesce((SELECT key_id FROM old_idempotency i WHERE i.run_id = r.id), ''), status,
+        coalesce(finished_at, started_at, created_at), '',
+        config, config, submission_id, 1, 1, 0, '{}', '', 0, '{}', error,
+        created_at, started_at, finished_at, CASE WHEN finished_at IS NULL THEN started_at END, 0, 0, 0, 0
     FROM old_runs r ORDER BY number
     """,
     """
@@ -122,8 +123,11 @@ def _create() -> None:
         sa.Column("owner", sa.String(length=63), nullable=False),
         sa.Column("key_id", sa.String(length=20), nullable=False),
         sa.Column("status", sa.String(length=20), nullable=False),
+        sa.Column("status_since", sa.Double(), nullable=False),
+        sa.Column("status_message", sa.Text(), nullable=False),
         sa.Column("submitted", sa.JSON(), nullable=False),
         sa.Column("config", sa.JSON(), nullable=False),
+        sa.Column("config_sha256", sa.String(length=64), nullable=True),
         sa.Column("submission_id", sa.String(length=100), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
@@ -133,6 +137,7 @@ def _create() -> None:
         sa.Column("step", sa.BigInteger(), nullable=False),
         sa.Column("latest", sa.JSON(), nullable=False),
         sa.Column("heartbeat_at", sa.Double(), nullable=True),
+        sa.Column("code_version", sa.String(length=40), nullable=True),
         sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("forked_from", sa.String(length=63), nullable=True),
         sa.Column("forked_checkpoint", sa.String(length=40), nullable=True),
