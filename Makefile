@@ -13,7 +13,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup tools quickstart opsd black-box test chaos check docs bench clean
+.PHONY: help setup tools quickstart opsd black-box test long chaos check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,8 +38,11 @@ black-box: setup ## teachers of which only text can be had, of another tokenizer
 tools: ## PostgreSQL and Chromium, which the tests start: installed where that can be done
 	.ci/tools
 
-test: setup tools ## all tests, side by side where they can be (JOBS=2)
+test: setup tools ## all tests but the longest, side by side where they can be (JOBS=2)
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+long: setup tools ## the tests that `make test` leaves out for their time
+	$(PYTHON) -m pytest -m long --durations=10 $(ARGS)
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)

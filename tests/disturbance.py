@@ -132,6 +132,7 @@ class Disturbed:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_ctrl_c,
         )
 
     def look(self) -> None:
@@ -240,6 +241,11 @@ def disturbed(
         yield run
     finally:
         run.clear()
+
+
+def _hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so do its children; a terminal's do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lost_for_good(place: Path, victim: str, kind: str, says: str, *changes: str) -> None:

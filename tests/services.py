@@ -55,7 +55,7 @@ class Service:
         return httpx2.Client(base_url=self.url, headers=headers, trust_env=False, timeout=30.0)
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

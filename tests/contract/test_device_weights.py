@@ -171,7 +171,9 @@ def test_versions_that_are_past_or_not_the_students_leave_the_old_one_serving(
     assert_equal(bench.write(MIXED, sampling(20), k=4), bench.first)
 
 
-@pytest.mark.parametrize("in_flight", ["keep", "finish", "abort"])
+@pytest.mark.parametrize(
+    "in_flight", ["keep", *(pytest.param(how, marks=pytest.mark.long) for how in ("finish", "abort"))]
+)
 @pytest.mark.parametrize("broken", ["the learner is killed", "a bit flips"])
 def test_after_half_of_a_version_nothing_is_written_until_one_is_whole(
     bench: Bench, students: list[Student], learner: Learners, broken: str, in_flight: InFlight

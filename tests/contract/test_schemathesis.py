@@ -99,7 +99,7 @@ class Tried:
         return {"Authorization": f"Bearer {secret}"}
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
 def tried(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Tried]:
     folder = tmp_path_factory.mktemp("fuzz")
     database = None

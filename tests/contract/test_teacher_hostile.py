@@ -7,13 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from potstill.codec import JSON, SAFETENSORS
@@ -24,7 +24,7 @@ from tests.tiny_models import save_tiny_model
 BEARER = {"authorization": f"Bearer {KEY}"}
 MIB = 2**20
 CANARY = "canary-7f3a91"
-QUICK_S = 1.0  # for a refusal, on a machine that is busy with other tests
+QUICK_S = 1.0  # of the server's CPU time, for a refusal
 RSS_BYTES = 150 * MIB
 
 
@@ -38,6 +38,11 @@ class Server:
     def rss(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def cpu_s(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
     def post(self, body: bytes, path: str = "score", **headers: str) -> httpx2.Response:
         given = {**BEARER, "content-type": JSON, **headers}
@@ -104,19 +109,19 @@ IDS = b'{"model":"tiny","items":[{"id":"a","context_ids":[1],"completion_ids":['
     ],
 )
 def test_a_body_made_to_hurt_is_refused_at_once_in_bounded_memory(server, path, body, status):
-    before, started = server.rss, time.monotonic()
+    before, started = server.rss, server.cpu_s
     answer = server.post(body, path)
     assert (answer.status_code, answer.json()["error"]["retryable"]) == (status, False)
-    assert time.monotonic() - started < QUICK_S
+    assert server.cpu_s - started < QUICK_S
     assert server.rss - before < RSS_BYTES
 
 
 def test_a_safetensors_header_of_a_million_keys_is_refused_at_once(server):
     header = keys(300_000)
-    started = time.monotonic()
+    started = server.cpu_s
     answer = server.post(len(header).to_bytes(8, "little") + header, **{"content-type": SAFETENSORS})
     assert answer.status_code == 400
-    assert time.monotonic() - started < QUICK_S
+    assert server.cpu_s - started < QUICK_S
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])

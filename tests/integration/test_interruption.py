@@ -32,7 +32,11 @@ def test_a_run_that_is_asked_to_stop_while_its_ray_starts_is_stopped_as_any_othe
 
 
 @pytest.mark.parametrize(
-    ("numbers", "exit_code"), [((signal.SIGTERM, signal.SIGTERM), 5), ((signal.SIGINT,), 130)], ids=["twice", "ctrl-c"]
+    ("numbers", "exit_code"),
+    [
+        pytest.param((signal.SIGTERM, signal.SIGTERM), 5, id="twice", marks=pytest.mark.long),
+        pytest.param((signal.SIGINT,), 130, id="ctrl-c"),
+    ],
 )
 def test_who_does_not_wait_for_a_checkpoint_gets_an_end_at_once(
     place: Path, numbers: tuple[signal.Signals, ...], exit_code: int
@@ -50,10 +54,12 @@ def test_who_does_not_wait_for_a_checkpoint_gets_an_end_at_once(
         run.check_nothing_is_left()
 
 
+@pytest.mark.long
 def test_a_run_that_may_lose_no_process_fails_with_its_name_and_leaves_nothing(place: Path):
     lost_for_good(place, "teacher", "WorkerLost", "the teacher server ended with exit code -9")
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_itself_takes_its_processes_along(place: Path):
     with disturbed(place, "killed", LONG) as run:
         run.wait_for(lambda: run.trained(2))

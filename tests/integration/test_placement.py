@@ -55,6 +55,7 @@ def test_a_run_that_finds_no_room_fails_in_time_and_says_what_is_missing(
         assert run.status == "failed"
 
 
+@pytest.mark.long
 def test_a_worker_joins_and_leaves_with_its_node_and_every_prompt_is_trained_once(place: Path, nodes: Nodes):
     changes = ("teacher={kind: local, models: [{model: teacher}]}", "rollout.workers=2", "loop.max_staleness=2")
     with disturbed(place, "elastic", LONG, *changes, DESK, ROOM) as run:

@@ -109,7 +109,7 @@ async def test_a_second_start_takes_the_preparations_from_the_cache(opened: Site
 
 
 @SHARED
-@pytest.mark.parametrize("name", ["cross_tokenizer", "two_teachers"])
+@pytest.mark.parametrize("name", ["cross_tokenizer", pytest.param("two_teachers", marks=pytest.mark.long)])
 async def test_a_recipe_without_a_control_is_compared_with_the_student_as_it_was(name: str, runs: Path, opened: Site):
     report = await run(name, runs, opened)
     assert report["steps"] == 2

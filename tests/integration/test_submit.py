@@ -109,6 +109,7 @@ def test_a_restarted_service_adopts_the_head_and_its_token_is_in_no_file(head: L
     assert told == []
 
 
+@pytest.mark.long
 def test_a_service_that_is_asked_to_stop_takes_its_idle_head_with_it_and_exits_0(tmp_path: Path):
     command = [executable, "-m", "potstill", "serve", "--runs", str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

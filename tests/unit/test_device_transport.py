@@ -177,7 +177,7 @@ def test_a_learner_that_is_killed_midway_is_noticed_at_once(learner: DeviceLearn
         list(coming)
 
 
-@pytest.mark.parametrize("wire", ["exact", "bfloat16"])
+@pytest.mark.parametrize("wire", [pytest.param("exact", marks=pytest.mark.long), "bfloat16"])
 def test_what_a_worker_makes_of_it_is_the_learners_student(wire: str, learner: DeviceLearner, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, seed=0, tie_word_embeddings=True)
     version = learner.publish(folder, 1, wire=wire)
