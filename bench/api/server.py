@@ -13,7 +13,7 @@ import uvicorn
 from orchestrator.service.app import create_app
 from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
-from orchestrator.service.serve import SHUTDOWN_S, compose
+from orchestrator.service.serve import SHUTDOWN_S, compose, take_short_turns
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from tests.launchers import EndlessLauncher
@@ -25,6 +25,7 @@ SLOTS = 10  # the runs that are at work: what the bench creates stays in the que
 
 def main() -> None:
     folder, port, database = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    take_short_turns()
     store = Store(Database(database))
     launcher = EndlessLauncher(run.submission_id for run in store.runs.unfinished())
     state = compose(store, launcher, Signer(SECRET), options(folder, database, slots=SLOTS), holder="bench")
