@@ -32,9 +32,6 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-GIB = 1 << 30
-
-
 class Limits(BaseModel):
     """What a key may use, counted over all runs that were submitted with it. None: no limit."""
 
@@ -53,7 +50,7 @@ class Limits(BaseModel):
     """What these cost, by the prices of the runs' configs."""
     streams: int = Field(20, ge=0)
     """Event streams open at the same time."""
-    stored_bytes: int = Field(50 * GIB, ge=0)
+    stored_bytes: int = Field(50 << 30, ge=0)
     """Of files that were uploaded with it and not deleted."""
 
 

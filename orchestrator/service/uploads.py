@@ -118,8 +118,9 @@ class Uploads:
         fsync_folder(self.folder)
         try:
             kept, replayed = self._files.add(file, once, who.limits)
-        except ServiceError:
-            self._remove(file.id)
+        except ServiceError as error:
+            if error.status != 503:  # of a database that is away nobody knows whether it has the row
+                self._remove(file.id)
             raise
         if replayed:
             self._remove(file.id)

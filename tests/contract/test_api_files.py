@@ -129,7 +129,9 @@ def test_a_key_keeps_as_many_bytes_as_it_may(service: Service) -> None:
     query = {"filename": "a.jsonl", "purpose": "prompts"}
     key = service.key_for("eve", Scope.RUNS_READ, Scope.RUNS_WRITE, stored_bytes=len(content) * 3 // 2)
     with service.asking(key) as eve:
-        first = eve.post("/v1/files", content=content, params=query, headers=headers).json()
+        keyed = headers | {"Idempotency-Key": "once"}
+        first = eve.post("/v1/files", content=content, params=query, headers=keyed).json()
+        assert eve.post("/v1/files", content=content, params=query, headers=keyed).json() == first
         for sent in (content, iter([content])):  # the second without a length
             told = refused(eve.post("/v1/files", content=sent, params=query, headers=headers), 429, "quota_exceeded")
             assert f"{len(content)} of {len(content) * 3 // 2}" in told

@@ -71,7 +71,9 @@ async def upload_file(
     with a wrong one is refused, with the first twenty named.
     """
     uploads = state.catalog.uploads
-    await asyncio.to_thread(state.store.files.require_room, who, _announced(request, uploads))
+    announced = _announced(request, uploads)
+    if idempotency_key is None:  # or it may be a file that is kept already
+        await asyncio.to_thread(state.store.files.require_room, who, announced)
     with uploads.incoming() as incoming:
         label = await _receive(request, incoming, filename, purpose, silence_s=uploads.silence_s)
         file, replayed = await asyncio.to_thread(_keep, uploads, incoming, label, who, idempotency_key)
