@@ -38,7 +38,7 @@ from learner.weighing import Weighing
 from potstill.durable import placed, take_away
 from potstill.errors import ConfigError, RunError
 from potstill.fencing import Fence, newest_attempt
-from potstill.journal import checkpoints, write_json
+from potstill.journal import KEPT, checkpoints, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -192,9 +192,9 @@ def digest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def prune(parent: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and damaged ones that were set aside."""
+    """Remove all but the newest `keep` checkpoints and those another run begins with, and damaged ones set aside."""
     for old in [*checkpoints(parent)[:-keep], *parent.glob(f"step-*{_ASIDE}")]:
-        take_away(old)
+        take_away(old, unless=KEPT)
 
 
 def _flaw(folder: Path) -> str | None:

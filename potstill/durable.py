@@ -44,10 +44,18 @@ def placed(path: Path, fence: Fence) -> Iterator[Path]:
             _remove(temporary)
 
 
-def take_away(path: Path) -> None:
-    """Remove a file or folder that is in place: it is gone at once, never half there."""
+def take_away(path: Path, *, unless: str | None = None) -> None:
+    """Remove a file or folder that is in place: it is gone at once, never half there.
+
+    A folder stays that holds a file named `unless`. Who writes that file, then sees the folder in its place, has it.
+    """
+    if unless is not None and (path / unless).exists():
+        return
     doomed = _beside(path)
     path.rename(doomed)
+    if unless is not None and (doomed / unless).exists():  # written since the first look
+        doomed.rename(path)
+        return
     _remove(doomed)
 
 

@@ -1,4 +1,6 @@
-"""What may be done to what a run left behind: its checkpoints and its folder are removed here, and nowhere else.
+"""What may be done to what a run left behind: the service removes checkpoints and folders here, and nowhere else.
+
+A run removes its own older checkpoints, but none that was marked here because another run begins with it.
 
 Refuses to remove a checkpoint that somebody may still need: one that is published, the newest two of a run that is not
 at its end, one that an unfinished run uses as a model; and the folder of a run whose process is still at work.
@@ -6,6 +8,7 @@ at its end, one that an unfinished run uses as a model; and the folder of a run 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -20,6 +23,7 @@ from orchestrator.service.runs import Run
 from orchestrator.service.store import Store
 from orchestrator.service.store.checkpoints import Keeping
 from potstill.errors import ServiceError
+from potstill.journal import KEPT
 
 KEPT_TO_RESUME = 2  # of an unfinished run: the newest may turn out damaged, and then the one before it is used
 DOOMED = ".doomed"  # below the runs: names of those whose folder is to be removed once their row is gone
@@ -31,6 +35,20 @@ def model_of_checkpoint(runs: Path, run_id: str, name: str) -> str:
     if checkpoint.damaged:
         raise ServiceError(f"{name} is damaged: fork from another checkpoint", 409, "checkpoint_damaged")
     return str(runs.joinpath(*checkpoint.parts("model")))
+
+
+def keep_used(runs: Path, config: Mapping[str, Any]) -> None:
+    """Have the checkpoints that a resolved config names outlive the pruning of the runs they are of.
+
+    Raises ServiceError (409) for one that its run has removed since the config was resolved.
+    """
+    for run_id, name in sorted(_checkpoints_in(config, Path(os.path.realpath(runs)))):
+        with contextlib.suppress(FileNotFoundError), confined.folder(runs, run_id, "checkpoints", name) as inside:
+            os.close(os.open(KEPT, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=inside))
+            os.fsync(inside)
+        if name not in names_of(runs, run_id):  # asked after it was marked: see potstill/durable.py, take_away
+            message = f"run {run_id} has just removed {name}: take a newer one"
+            raise ServiceError(message, 409, "checkpoint_gone")
 
 
 def delete_checkpoint(store: Store, runs: Path, run: Run, name: str) -> None:
@@ -103,6 +121,12 @@ def remove_run(runs: Path, run_id: str) -> None:
     if run_id in confined.names(runs):
         with confined.taken_away(runs, run_id):
             (runs / DOOMED / run_id).unlink(missing_ok=True)
+
+
+def _checkpoints_in(config: Mapping[str, Any], runs: Path) -> set[tuple[str, str]]:
+    """Run and name of each checkpoint in which a text of the config lies. `runs` has no links in it."""
+    places = (Path(text).relative_to(runs).parts for text in _texts(config) if text.startswith(f"{runs}/"))
+    return {(run, name) for run, folder, name, *_ in (p for p in places if len(p) > 2) if folder == "checkpoints"}
 
 
 def _check_quiet(runs: Path, run_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner import checkpoint
 from orchestrator.service.runs import State
 from potstill.errors import ServiceError
 from potstill.journal import write_json
@@ -180,3 +182,22 @@ def test_a_published_checkpoint_is_a_model_that_a_later_run_begins_with(service:
     assert service.http.delete(f"{path}/publish").status_code == 204
     assert error_of(service.http.post("/v1/runs", json=later | {"name": "too-late"}))[0] == 400
     assert service.http.get(path).json()["published_as"] is None
+
+
+def test_a_checkpoint_that_another_run_begins_with_outlives_its_own_run(
+    service: Service, trained: Path, tmp_path: Path
+):
+    folder = begin(service, "parent", state=State.RUNNING) / "checkpoints"
+    for step in (1, 2, 3, 4):
+        shutil.copytree(trained, folder / f"step-{step:06d}")
+    body = {"name": "offspring", "from_checkpoint": "step-000001"}
+    dry = submitted(name="dry") | {"student": {"model": "run/parent/step-000002"}}
+    assert service.http.post("/v1/runs", params={"dry_run": True}, json=dry).status_code == 200  # marks nothing
+    service.http.post("/v1/runs/parent/fork", json=body).raise_for_status()
+
+    checkpoint.prune(folder, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000003", "step-000004"]
+    assert error_of(service.http.delete("/v1/runs/parent/checkpoints/step-000001")) == (409, "checkpoint_in_use")
+    service.store.runs.move("offspring", State.CANCELLED, "it was cancelled")
+    assert service.http.delete("/v1/runs/parent/checkpoints/step-000001").status_code == 204
+    assert error_of(service.http.post("/v1/runs/parent/fork", json=body | {"name": "too-late-too"}))[0] == 400

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
+def has_begun(run: Mapping[str, Any]) -> bool:
+    assert run["status"] not in {"failed", "cancelled"}, run["error"]
+    return int(run["progress"]["step"]) >= 1
+
+
 def test_a_whole_life(service: Service, tmp_path: Path):
     fine_tuning = openai.OpenAI(api_key=service.key, base_url=f"{service.url}/v1").fine_tuning.jobs
     with service.client() as client:
@@ -129,7 +134,7 @@ def test_a_whole_life(service: Service, tmp_path: Path):
                 service, "fork", "life", "--name", "child", "--from", newest, "optim.lr=5e-5", "loop.steps=9000"
             )
             assert forked["forked_from"] == {"run": "life", "checkpoint": newest}
-            until(lambda: client.get_run("child")["progress"]["step"] >= 1)
+            until(lambda: has_begun(client.get_run("child")))
             assert fine_tuning.cancel("child").status in {"running", "cancelled"}
             until(lambda: fine_tuning.retrieve("child").status == "cancelled")
 

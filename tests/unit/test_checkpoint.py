@@ -18,6 +18,7 @@ from learner.packing import pack
 from learner.trainer import Trainer
 from orchestrator.run import last_checkpoint
 from potstill.errors import ConfigError, RunError
+from potstill.journal import KEPT
 from tests.checkpoints import RUNS, make_trainer, save, save_students, train
 from tests.disks import flip_a_bit
 from tests.trainers import plain_logits, same, weights_of
@@ -244,6 +245,14 @@ def test_pruning_keeps_the_newest_and_touches_nothing_else(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"step-000010", "step-000100", "best", ".step-000101.77"}
     checkpoint.prune(tmp_path, keep=5)
     assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_pruning_spares_what_another_run_begins_with(tmp_path: Path) -> None:
+    for step in range(4):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    (tmp_path / "step-000001" / KEPT).touch()
+    checkpoint.prune(tmp_path, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000003"}
 
 
 def test_the_newest_checkpoint_has_the_highest_number_even_where_names_outgrow_their_padding(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.service.artifacts import DOOMED, delete_checkpoint, delete_run
+from orchestrator.service.artifacts import DOOMED, delete_checkpoint, delete_run, keep_used
 from orchestrator.service.manifests import checkpoints_of
 from orchestrator.service.principals import Limits, Principal, Scope
 from orchestrator.service.publishing import PUBLISHED, publish, withdraw
@@ -24,6 +24,7 @@ from orchestrator.service.store.database import Database
 from orchestrator.service.store.idempotency import Once
 from orchestrator.service.store.runs import NewRun
 from potstill.errors import ServiceError
+from potstill.journal import KEPT
 from tests.run_folders import FILES, make_checkpoint
 
 ALICE = Principal(key_id="a", owner="alice", scopes=frozenset({Scope.RUNS_WRITE}), limits=Limits())
@@ -119,6 +120,18 @@ def test_one_that_another_unfinished_run_names_as_a_model_stays_until_that_is_at
     house.store.runs.move("two", State.FAILED, "it failed")
     house.remove(1)
     assert house.steps() == []
+
+
+def test_one_that_is_gone_before_a_run_can_begin_with_it_is_refused(house: House):
+    house.add(steps=(1, 2))
+    used = {"student": {"model": house.model(1)}, "runs": str(house.runs)}
+    keep_used(house.runs, used)
+    assert (house.runs / "one" / "checkpoints" / "step-000001" / KEPT).exists()
+    house.remove(1)
+    with pytest.raises(ServiceError, match="has just removed step-000001") as caught:
+        keep_used(house.runs, used)
+    assert (caught.value.status, caught.value.code) == (409, "checkpoint_gone")
+    assert house.steps() == [2]
 
 
 # A time that is over

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.service import submissions
 from orchestrator.service.artifacts import delete_run as delete_with_artifacts
+from orchestrator.service.artifacts import keep_used
 from orchestrator.service.gate import JSON, JsonObject
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes.asking import (
@@ -217,6 +218,7 @@ def store_run(
     """Store it, within its key's limits, and have the supervisor look."""
     new = submission.new_run(who, **origin)
     state.supervisor.check_free(new.id)
+    keep_used(state.runs, new.config)
     runs = state.store.runs
 
     def admission(db: Any) -> None:
