@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from orchestrator.service.app import create_app
 from orchestrator.service.jobs import Launcher
 from orchestrator.service.keys import Signer
+from orchestrator.service.measures import Measures
 from orchestrator.service.principals import Limits, Scope
 from orchestrator.service.serve import ServiceOptions, compose
 from orchestrator.service.state import ServiceState
@@ -39,6 +40,7 @@ class Service:
     folder: Path
     store: Store
     state: ServiceState
+    measures: Measures
     http: httpx2.Client
 
     def client(self) -> Client:
@@ -78,6 +80,7 @@ def options(folder: Path, database: str | None = None, **changes: Any) -> Servic
         "models": (folder / "models",),
         "data": (folder / "data",),
         "secrets": folder / "secrets",
+        "admin_host": "127.0.0.1",
         "admin_port": None,
         "slots": None,
     }
@@ -102,7 +105,8 @@ def serving(
     store = Store(Database(asked.database))
     _, key = store.keys.create(owner="operator", label="test", scopes=[Scope.ADMIN])
     state = compose(store, launcher_for(url), Signer(b"test"), asked, holder="test", poll_s=POLL_S)
-    app = create_app(state)
+    measures = Measures(store, lambda: state.supervisor.healthy)
+    app = create_app(state, measures=measures)
     app.add_api_route("/boom", lambda: {}["/a/secret/path"], include_in_schema=False)
     config = uvicorn.Config(before(app), host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
@@ -112,7 +116,7 @@ def serving(
     headers = {"Authorization": f"Bearer {key}"}
     try:
         with httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30.0) as http:
-            yield Service(url=url, key=key, folder=folder, store=store, state=state, http=http)
+            yield Service(url=url, key=key, folder=folder, store=store, state=state, measures=measures, http=http)
     finally:
         server.should_exit = True
         thread.join()

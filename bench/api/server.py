@@ -29,7 +29,7 @@ def main() -> None:
     store = Store(Database(database))
     launcher = EndlessLauncher(run.submission_id for run in store.runs.unfinished())
     state = compose(store, launcher, Signer(SECRET), options(folder, database, slots=SLOTS), holder="bench")
-    app = create_app(state, measures=Measures(store))
+    app = create_app(state, measures=Measures(store, lambda: state.supervisor.healthy))
     config = uvicorn.Config(
         app,
         host="127.0.0.1",

@@ -58,13 +58,14 @@ class ServiceOptions:
     port: int  # 0: any free one
     runs: Path
     database: str  # SQLAlchemy URL
-    key_file: Path | None
+    key_file: Path | None  # where a key that is made goes; None: it is shown
     allowed_hosts: Sequence[str]
     report_url: str | None  # how runs reach this service; None: host and port
     models: Sequence[Path]  # folders below which a submitted run may name models
     data: Sequence[Path]  # and files
     secrets: Path | None  # folder with one secret a file, which registered teachers may name
-    admin_port: int | None  # for Prometheus, on loopback; None: nowhere
+    admin_host: str
+    admin_port: int | None  # for Prometheus, which needs no key; None: nowhere
     new_key: bool  # make another administrator's key, for one that is lost
     slots: int | None  # runs at the same time; None: any number
 
@@ -75,7 +76,7 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
     take_short_turns()
     alone = options.database.startswith("sqlite")
     with claim(options.runs, alone=alone) as lock, contextlib.closing(Store(Database(options.database))) as store:
-        _admin_key(store, options, say)
+        admin_key(store, options, say)
         listening = _listen(options)
         url = f"http://{_bracketed(options.host)}:{listening.getsockname()[1]}"
         signer = Signer(_secret(options.runs / SIGNING))
@@ -85,10 +86,10 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
             cluster, command=command, report_url=options.report_url or url, service=signer.fingerprint
         )
         state = compose(store, launcher, signer, options, holder=_holder(alone))
-        measures = Measures(store)
+        measures = Measures(store, lambda: state.supervisor.healthy)
         app = create_app(state, hosts=[*options.allowed_hosts, options.host], measures=measures)
         try:
-            with measures.served(options.admin_port), _until_asked():
+            with measures.served(options.admin_host, options.admin_port), _until_asked():
                 say(f"potstill serves at {url}")
                 config = uvicorn.Config(
                     app,
@@ -201,19 +202,24 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _admin_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
-    """Make an administrator's key while there is none that opens anything, and where one is asked for."""
+def admin_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
+    """Make an administrator's key while there is none that opens anything, and where one is asked for.
+
+    Raises ConfigError where a service that others reach would show its first key, and for a file that cannot be made.
+    """
     keys = store.keys.list()
     if not options.new_key and any(key.principal.sees_all and key.lives for key in keys):
         return
-    if not keys and not _is_loopback(options.host):
-        raise ConfigError(f"--host {options.host}: there is no API key yet; serve once on 127.0.0.1 to make one")
+    if not keys and not _is_loopback(options.host) and options.key_file is None:
+        raise ConfigError(f"--host {options.host}: there is no API key yet; name a --key-file for one that is made now")
     file = _new_private_file(options.key_file) if options.key_file is not None else None
     _, key = store.keys.create(owner="operator", label="made by potstill serve", scopes=[Scope.ADMIN])
-    if file is not None:
-        with file:
-            file.write(key + "\n")
-    say(f"API key (shown once): {key}")
+    if file is None:
+        say(f"API key (shown once): {key}")
+        return
+    with file:
+        file.write(key + "\n")
+    say(f"an administrator's API key is in {options.key_file}")
 
 
 def _cluster(options: ServiceOptions, say: Callable[[str], None]) -> tuple[Cluster, LocalHead | None]:

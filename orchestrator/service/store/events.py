@@ -56,6 +56,14 @@ class Events:
         with self._database.reading() as db:
             return [_event(row) for row in db.execute(query.order_by(EVENTS.c.seq.desc()).limit(limit))]
 
+    def typed(self, run_id: str, prefix: str, *, after: int) -> tuple[int, Sequence[str]]:
+        """The types, as far as they begin with `prefix`, of the run's own events behind `after`; and the last event."""
+        last = self.last(run_id)
+        new = (EVENTS.c.run_id == run_id) & (EVENTS.c.seq > after) & (EVENTS.c.seq <= last)
+        query = sa.select(EVENTS.c.type).where(new, EVENTS.c.stream == "events", EVENTS.c.type.startswith(prefix))
+        with self._database.reading() as db:
+            return last, db.execute(query).scalars().all()
+
     def last(self, run_id: str) -> int:
         """The newest event's number; 0 before the first."""
         with self._database.reading() as db:
