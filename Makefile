@@ -13,7 +13,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup tools quickstart opsd black-box test long chaos check docs bench clean
+.PHONY: help setup tools quickstart opsd black-box test long chaos deploy-check check docs bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,7 +35,7 @@ opsd: setup ## the same with the student as its own teacher
 black-box: setup ## teachers of which only text can be had, of another tokenizer, or several: before and after, as JSON
 	$(PYTHON) -m bench.recipes $(BLACK_BOX) --runs runs $(ARGS)
 
-tools: ## PostgreSQL and Chromium, which the tests start: installed where that can be done
+tools: ## PostgreSQL, Chromium, promtool and ShellCheck, which the tests start: installed where that can be done
 	.ci/tools
 
 test: setup tools ## all tests but the longest, side by side where they can be (JOBS=2)
@@ -46,6 +46,9 @@ long: setup tools ## the tests that `make test` leaves out for their time
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)
+
+deploy-check: setup tools ## everything in deploy/, the long tests too: a fresh installation, Slurm, two machines; as root
+	$(PYTHON) -m pytest tests/deploy tests/contract/test_moving.py -m 'long or not long' --durations=10 $(ARGS)
 
 check: setup ## style, types, import rules
 	$(VENV)/bin/ruff check .

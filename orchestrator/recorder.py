@@ -12,8 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from potstill.calling.meter import spent_in
 from potstill.config import LoopConfig
 from potstill.journal import Journal
 from potstill.spans import Spans
@@ -102,6 +104,7 @@ class Recorder:
             "queue": num_waiting,
             "refused": num_refused,
             "weights_version": report.step,
+            **_of_spending(self.journal.folder),
         }
         self.reverse_kl.append(values.get("reverse_kl", math.nan))
         self.latest = values
@@ -131,6 +134,11 @@ def _of_rollouts(batch: StepBatch) -> dict[str, float]:
     if staleness:
         found |= {"staleness_mean": statistics.fmean(staleness), "staleness_max": float(max(staleness))}
     return found
+
+
+def _of_spending(folder: Path) -> dict[str, float]:
+    spent = spent_in(folder)
+    return {} if spent is None else {"teacher_tokens": float(spent[0]), "teacher_usd": spent[1]}
 
 
 def _ninetieth(values: Sequence[float]) -> float:

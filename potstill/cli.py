@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill import __version__, doctor_cli, service_cli, teacher_cli
+from potstill import __version__, doctor_cli, service_cli, slurm_cli, teacher_cli
 from potstill.errors import ConfigError, PotstillError
 
 CANCELLED = 5
@@ -31,6 +31,7 @@ app = typer.Typer(
 service_cli.register(app)
 teacher_cli.register(app)
 doctor_cli.register(app)
+slurm_cli.register(app)
 
 Config = Annotated[Path, typer.Argument(help="A .toml, .yaml or .json run config.", show_default=False)]
 Overrides = Annotated[

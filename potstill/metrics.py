@@ -75,6 +75,8 @@ _TABLE = (
     _row("refused", "prompts", "scored prompts that were too old when their turn came, since the run began", ",.0f"),
     _row("tokens_trained", "tokens", "loss tokens trained on since the run began", ",.0f"),
     _row("tokens_per_second", "tokens/s", "loss tokens trained per second", ",.0f"),
+    _row("teacher_tokens", "tokens", "tokens that black-box teachers have read and written", ",.0f"),
+    _row("teacher_usd", "USD", "what black-box teachers have cost, by the config's prices", ",.4f"),
     _row("seconds_total", "s", "wall time since the run began", _SECONDS),
     _row(
         "seconds_generate",

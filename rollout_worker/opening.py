@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.byte_alignment import byte_vocabulary
+from potstill.calling.meter import spent_file
 from potstill.config import RunConfig
 from potstill.config_teachers import (
     LocalTeacher,
@@ -197,7 +198,7 @@ class _Opener:
         return Advised(self._opened(teacher.advisor, ADVISOR, place="teacher.advisor"))
 
     def _opened(self, config: RemoteWriter, name: str, *, place: str) -> BlackBox:
-        spent = Path(self._config.runs) / self._config.name / f"spent-{name}-{self._number}.json"
+        spent = spent_file(Path(self._config.runs) / self._config.name, name, self._number)
         workers = self._config.rollout.workers
         box = open_black_box(config, self._accesses[name], place=place, spent=spent, workers=workers)
         self.black_boxes[name] = box

@@ -104,7 +104,7 @@ class _Runs(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             counts = self._store.runs.counts()
-            working = [run for run in self._store.runs.unfinished() if run.state.active]
+            working = self._store.runs.steered(())
             self._alarms = {run.id: self._alarms_of(run.id) for run in working}
         except ServiceError:
             counts, working = None, []

@@ -51,6 +51,13 @@ def exhausted(usage: Usage, limits: Limits) -> list[tuple[str, str]]:
     ]
 
 
+def at_limit(active: Sequence[Run], limits: Mapping[str, Limits]) -> set[str]:
+    """The keys that have as many runs at work as they may: none of their queued runs starts."""
+    running = Counter(run.key_id for run in active)
+    most = {key_id: limit.running for key_id, limit in limits.items()}
+    return {key_id for key_id, limit in most.items() if limit is not None and running[key_id] >= limit}
+
+
 def starting(
     queued: Sequence[Run], active: Sequence[Run], limits: Mapping[str, Limits], *, slots: int | None
 ) -> list[Run]:

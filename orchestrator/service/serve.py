@@ -239,7 +239,7 @@ def _end(
 ) -> None:
     if head is None:
         return
-    unfinished = sum(run.state.active for run in store.runs.unfinished())
+    unfinished = sum(count for state, count in store.runs.counts().items() if state.active)
     if unfinished:
         say(f"{unfinished} unfinished runs go on under the Ray head {head.pid}; serve again to follow them")
     elif _is_last(lock):

@@ -30,11 +30,11 @@ from orchestrator.service.jobs import Job, Launcher
 from orchestrator.service.keys import Signer
 from orchestrator.service.run_logs import text_at_end
 from orchestrator.service.runs import Failure, Run, State, category_of_exit, rfc3339
-from orchestrator.service.scheduling import overspent, starting
-from orchestrator.service.spending import spent_in
+from orchestrator.service.scheduling import at_limit, overspent, starting
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Lease
 from potstill import process_log
+from potstill.calling.meter import spent_in
 from potstill.errors import Fenced, RunError, ServiceError
 from potstill.journal import STOP_AT_ONCE, Status, steps_in, write_json
 from potstill.refusals import refusals
@@ -45,6 +45,7 @@ LEASE_S = 10.0  # what a frozen or killed service holds runs up by
 RENEWALS = 4  # of a lease in its time, so that a tick over a thousand runs is not a thousand writes
 LOG_TAIL_LINES = 20
 CHORES_S = 30.0  # between two rounds of housekeeping
+LINE = 50  # queued runs that one look considers
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +127,16 @@ class Supervisor:
             return
         # The cluster first: a job that has ended there had sent its reports before, so the rows read next have them.
         jobs = self._launcher.look()
-        runs = self._store.runs.unfinished()
+        alive = {submission_id for submission_id, job in jobs.items() if job.alive}
+        runs = self._store.runs.steered(alive)
         self._stop_strays(jobs, runs)
         self._watch_budgets(runs)
-        turn = {run.id for run in self._turn(runs)}
-        for run in runs:
+        turn = [run for run in self._turn(runs) if run.submission_id not in alive]
+        for run in [*runs, *turn]:
             if not self._hold():
                 return
             try:
-                self._step(run, jobs.get(run.submission_id), may_start=run.id in turn)
+                self._step(run, jobs.get(run.submission_id))
             except ServiceError as error:
                 log.warning("run %s: %s", run.id, error)
         if time.monotonic() >= self._chores_due:
@@ -171,20 +173,21 @@ class Supervisor:
         return lease is not None
 
     def _turn(self, runs: Sequence[Run]) -> list[Run]:
-        queued = [run for run in runs if run.state is State.QUEUED]
-        if not queued:
-            return []
+        """Queued runs that may start now. A queue may be long: only its beginning is read."""
         active = [run for run in runs if run.state.active]
+        if self._slots is not None and len(active) >= self._slots:
+            return []
         limits = {key.id: key.principal.limits for key in self._store.keys.list()}
+        queued = self._store.runs.in_line(LINE, but=at_limit(active, limits))
         return starting(queued, active, limits, slots=self._slots)
 
     def _watch_budgets(self, runs: Sequence[Run]) -> None:
         """Note what black-box teachers have cost, and stop the runs of a key that has used up what it may."""
         active = [run for run in runs if run.state.active]
         for run in active:
-            tokens, usd = spent_in(self.runs / run.id)
-            if (tokens, usd) != (run.teacher_tokens, run.teacher_usd):
-                self._store.runs.spent(run.id, teacher_tokens=tokens, teacher_usd=usd)
+            spent = spent_in(self.runs / run.id)
+            if spent is not None and spent != (run.teacher_tokens, run.teacher_usd):
+                self._store.runs.spent(run.id, teacher_tokens=spent[0], teacher_usd=spent[1])
         ids = {run.key_id for run in active}
         limits = {key.id: key.principal.limits for key in self._store.keys.list() if key.id in ids}
         usages = {key_id: self._store.runs.usage(key_id) for key_id in limits}
@@ -197,11 +200,10 @@ class Supervisor:
             if job.alive and job.ours and submission_id not in known:
                 self._launcher.stop(submission_id)
 
-    def _step(self, run: Run, job: Job | None, *, may_start: bool) -> None:
+    def _step(self, run: Run, job: Job | None) -> None:
         alive = job is not None and job.alive
         if run.state in {State.QUEUED, State.RECOVERING} and job is None:
-            if may_start or run.state is State.RECOVERING:
-                self._launch(run)
+            self._launch(run)
         elif run.state is State.PAUSED:
             if alive:  # it was paused while it was being launched
                 self._launcher.stop(run.submission_id)

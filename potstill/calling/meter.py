@@ -156,6 +156,20 @@ class Reservation:
             self._meter._give_back(*self._held)
 
 
+def spent_file(folder: Path, teacher: str, worker: int) -> Path:
+    """Where a worker of the run in `folder` counts what a teacher costs it."""
+    return folder / f"spent-{teacher}-{worker}.json"
+
+
+def spent_in(folder: Path) -> tuple[int, float] | None:
+    """(tokens read and written, dollars) of all workers of the run in `folder`; None where nobody counts any."""
+    counted = [json.loads(path.read_bytes()) for path in folder.glob("spent-*.json")]  # replaced whole, never torn
+    if not counted:
+        return None
+    tokens = sum(one["tokens_in"] + one["tokens_out"] for one in counted)
+    return tokens, sum(one["cost_pico_usd"] for one in counted) / _PICO
+
+
 def _read(path: Path) -> dict[str, int]:
     if not path.exists():
         return dict.fromkeys(_COUNTERS, 0)

@@ -93,6 +93,8 @@ async def test_a_use_trains_pays_once_and_says_what_it_paid(use: str, opened: Si
     assert paid["requests"] == paid["answers_asked"] == STEPS * PROMPTS
     assert 0 < paid["tokens_out"] <= STEPS * PROMPTS * CUT
     assert 0 < Decimal(paid["cost_usd"]) <= Decimal(paid["budget_usd"])
+    assert 0 < steps[0]["teacher_usd"] <= steps[-1]["teacher_usd"] <= float(paid["cost_usd"])
+    assert steps[-1]["teacher_tokens"] <= paid["tokens_in"] + paid["tokens_out"]
 
     again = await run(config_of(use, folder, url, name=f"{use}-again"), opened)
     kept = spent(again)

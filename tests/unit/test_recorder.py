@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.recorder import Recorder
+from potstill.calling.meter import Budget, Meter, Prices, spent_file
 from potstill.config import LoopConfig
 from potstill.journal import Journal, read_jsonl, steps_in
 from potstill.types import FinishReason, StepBatch, StepReport
@@ -45,6 +47,19 @@ def test_steps_end_after_the_step_that_uses_up_the_tokens(tmp_path: Path):
     for step in recorder.steps():
         record(recorder, make_batch(step))
     assert (recorder.steps_done, recorder.tokens_trained) == (2, 10)
+
+
+def test_what_black_boxes_cost_is_added_up_over_workers_and_left_out_where_there_is_none(tmp_path: Path):
+    recorder = make_recorder(tmp_path)
+    record(recorder, make_batch(1))
+    prices = Prices(usd_per_million_in=Decimal(1), usd_per_million_out=Decimal(2))
+    for worker in range(2):
+        meter = Meter(prices, Budget(usd=None, tokens=None), spent_file(tmp_path, "teacher", worker))
+        meter.reserve(1000, 500).settle(1000, 500)
+    record(recorder, make_batch(2))
+    free, paid = lines(tmp_path)
+    assert not {"teacher_tokens", "teacher_usd"} & free.keys()
+    assert (paid["teacher_tokens"], paid["teacher_usd"]) == (3000, 0.004)
 
 
 def test_a_line_holds_the_learners_metrics_and_the_rollouts(tmp_path: Path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.service.principals import Limits
 from orchestrator.service.runs import State
-from orchestrator.service.scheduling import Usage, admit, exhausted, overspent, starting
+from orchestrator.service.scheduling import Usage, admit, at_limit, exhausted, overspent, starting
 from potstill.errors import ServiceError
 from tests.runs import run
 
@@ -67,3 +67,9 @@ def test_runs_stop_when_the_budget_of_their_key_is_used_up_and_not_twice():
     active = [run("on"), run("stops", State.PAUSING), run("other", key_id="b")]
     assert [(one.id, how) for one, how in overspent(active, used, limits)] == [("on", "3.5 of 3 gpu_hours")]
     assert exhausted(used["a"], Limits()) == []
+
+
+def test_a_key_is_at_its_limit_when_it_has_as_many_runs_at_work_as_it_may():
+    active = [run("a1"), run("a2"), run("b1", key_id="b")]
+    limits = {"a": Limits(running=2), "b": Limits(running=2), "c": Limits(running=0), "d": Limits()}
+    assert at_limit(active, limits) == {"a", "c"}

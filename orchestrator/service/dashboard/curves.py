@@ -95,6 +95,7 @@ CURVES = (
             _line("seconds_weights", "publish"),
         ],
     ),
+    Curve(name="cost", title="Cost of black-box teachers", unit="USD", lines=[_line("teacher_usd", "so far")]),
     Curve(name="grad_norm", title="Gradient norm", unit="before clipping", lines=[_line("grad_norm", "norm")]),
 )
 

@@ -7,10 +7,9 @@ Refuses a database that cannot be durable, and a schema that is newer than this 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from orchestrator.service.store.migrations import upgrade
 from orchestrator.service.store.schema import LEASES
+from orchestrator.service.store.turns import Turns
 from potstill.errors import ConfigError, Fenced, ServiceError
 
 CONNECTIONS, MORE = 10, 50  # kept open, and opened when that many threads ask at once: there are 40 for requests
@@ -36,13 +36,27 @@ class Lease:
     token: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """In which threads go one after the other; on PostgreSQL nobody waits here."""
+
+    writers: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    statements: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    much: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+
+def _one_at_a_time() -> Lanes:
+    """For SQLite. Its writers would sleep within it, and starve each other. And its driver gives the interpreter away
+    with every row: threads that read side by side wait for each other at each of them (decision 0018)."""
+    return Lanes(writers=Turns(), statements=Turns(), much=Turns())
+
+
 class Database:
     """`url` is SQLAlchemy's: sqlite:////absolute/path.db or postgresql+psycopg://…  Raises ConfigError."""
 
     def __init__(self, url: str) -> None:
         self._lease: Lease | None = None
-        # SQLite has one writer at a time. Ours take turns here: within SQLite they would sleep, and starve each other.
-        self._turn: AbstractContextManager[Any] = threading.Lock() if url.startswith("sqlite") else nullcontext()
+        self._lanes = _one_at_a_time() if url.startswith("sqlite") else Lanes()
         try:
             self.engine = _engine(url)
             upgrade(self.engine)
@@ -52,22 +66,28 @@ class Database:
     def under(self, lease: Lease) -> Database:
         """The same database for the holder of `lease`: its writes raise Fenced once another holds it."""
         fenced = object.__new__(Database)
-        fenced.engine, fenced._turn, fenced._lease = self.engine, self._turn, lease
+        fenced.engine, fenced._lanes, fenced._lease = self.engine, self._lanes, lease
         return fenced
 
     def close(self) -> None:
         self.engine.dispose()
 
     @contextmanager
-    def reading(self) -> Iterator[sa.Connection]:
-        """Each statement sees what is there when it runs; none of them holds up a writer."""
-        with _away(), self.engine.connect() as db:
+    def reading(self, *, much: bool = False) -> Iterator[sa.Connection]:
+        """Each statement sees what is there when it runs. `much`: it may take long, and others go past it meanwhile."""
+        with _away(), self._lanes.much if much else self._lanes.statements, self.engine.connect() as db:
             yield db
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction: all of it is on disk when the block has ended, or none of it."""
-        with _away(), self._turn, self.engine.connect().execution_options(writes=True) as db, db.begin():
+        with (
+            _away(),
+            self._lanes.writers,
+            self.engine.connect().execution_options(writes=True) as db,
+            db.begin(),
+            self._lanes.statements,  # left first: others read while the disk syncs
+        ):
             if self._lease is not None:
                 _check(db, self._lease)
             yield db

@@ -75,7 +75,7 @@ class Events:
         Of the steps up to `after_step` only the numbers are read, which is what makes following a long run cheap.
         """
         mine = (EVENTS.c.run_id == run_id) & (EVENTS.c.stream == "metrics")
-        with self._database.reading() as db:
+        with self._database.reading(much=True) as db:
             number = sa.cast(EVENTS.c.data["step"].as_string(), sa.BigInteger)
             numbers = sa.select(number, EVENTS.c.report_seq).where(mine)
             counting: list[tuple[int, int]] = []

@@ -14,7 +14,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from orchestrator.service.store.database import Database
+from orchestrator.service.store.database import Database, Lanes
 from orchestrator.service.store.keys import Key, Keys
 from orchestrator.service.store.migrations import alembic_config
 from orchestrator.service.store.pages import Page
@@ -29,7 +29,7 @@ class Glance(Database):
     """`url` as of Database. Raises ConfigError when the database cannot be opened."""
 
     def __init__(self, url: str) -> None:
-        self._lease = None
+        self._lease, self._lanes = None, Lanes()
         try:
             self.engine = _reading_engine(url)
             with self.engine.connect() as db:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -166,6 +166,22 @@ class Runs:
         pairs = each(RUNS.c.metadata).table_valued("key", "value")
         mine = sa.select(sa.literal(1)).select_from(pairs).where(pairs.c.key == name, pairs.c.value == value)
         return mine.correlate(RUNS).exists()
+
+    def steered(self, jobs: Collection[str]) -> list[Run]:
+        """Runs that have processes, or may have, and those that wait although one of `jobs` is theirs; oldest first."""
+        active = RUNS.c.status.in_([state.value for state in State if state.active])
+        waits = RUNS.c.status.in_([State.QUEUED.value, State.PAUSED.value]) & RUNS.c.submission_id.in_(jobs)
+        with self._database.reading() as db:
+            rows = db.execute(sa.select(RUNS).where(active | waits).order_by(RUNS.c.number)).all()
+        return [run_of(row) for row in rows]
+
+    def in_line(self, limit: int, *, but: Collection[str]) -> list[Run]:
+        """The first queued runs of keys other than `but`: the highest priority first, then the oldest."""
+        waiting = sa.select(RUNS).where(RUNS.c.status == State.QUEUED.value, RUNS.c.key_id.not_in(but))
+        first = waiting.order_by(RUNS.c.priority.desc(), RUNS.c.created_at).limit(limit)
+        with self._database.reading() as db:
+            rows = db.execute(first).all()
+        return [run_of(row) for row in rows]
 
     def unfinished(self) -> list[Run]:
         """Every run that is not in a final state, oldest first."""
