@@ -41,13 +41,15 @@ tools: ## PostgreSQL, Chromium, promtool and ShellCheck, which the tests start: 
 test: setup tools ## all tests but the longest, side by side where they can be (JOBS=2)
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-long: setup tools ## the tests that `make test` leaves out for their time
+long: setup ## the tests that `make test` leaves out for their time
+	.ci/tools long
 	$(PYTHON) -m pytest -m long --durations=10 $(ARGS)
 
 chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)
 
-deploy-check: setup tools ## everything in deploy/, the long tests too: a fresh installation, Slurm, two machines; as root
+deploy-check: setup ## everything in deploy/, the long tests too: a fresh installation, Slurm, two machines; as root
+	.ci/tools long
 	$(PYTHON) -m pytest tests/deploy tests/contract/test_moving.py -m 'long or not long' --durations=10 $(ARGS)
 
 check: setup ## style, types, import rules

@@ -49,6 +49,8 @@ max_new_tokens = 12
 [resources]
 learner = {{ custom = {{ desk = 1 }} }}
 rollout = {{ custom = {{ room = 1 }} }}
+[optim]
+lr = 1e-4
 [loop]
 steps = {STEPS}
 max_staleness = 2
