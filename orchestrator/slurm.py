@@ -19,11 +19,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-import potstill
 from orchestrator.placement import Placement
 from potstill.config import RunConfig
 from potstill.config_resources import Needs
 from potstill.errors import ConfigError
+from potstill.recipes import shipped
 
 NOTICE_S = 300  # between SIGTERM and the limit: for the step under way, its checkpoint and Ray's end
 EARLY_S = 60  # by which Slurm may send a signal before its time
@@ -71,7 +71,10 @@ class Job:
 def render(config: RunConfig, job: Job) -> str:
     """The batch script."""
     environment = Environment(  # noqa: S701 - a script, not a page: user text goes through `word`
-        loader=FileSystemLoader(templates()), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        loader=FileSystemLoader(shipped("slurm")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["word"] = lambda value: shlex.quote(str(value))
     template = "single_node" if job.room.nodes == 1 else "multi_node"
@@ -144,12 +147,3 @@ def _num_gpus(bundles: Sequence[Needs]) -> int:
             else:
                 free[place] -= share
     return whole + len(free)
-
-
-def templates() -> Path:
-    """Beside the code in an installed package, in deploy/slurm in a checkout."""
-    package = Path(potstill.__file__).parent
-    for place in (package / "shipped_slurm", package.parent / "deploy" / "slurm"):
-        if place.is_dir():
-            return place
-    raise ConfigError("the shipped templates are missing: reinstall potstill, or run from a checkout")

@@ -25,6 +25,7 @@ from orchestrator import slurm
 from potstill.cli import app
 from potstill.config_file import load, parse
 from potstill.errors import ConfigError
+from potstill.recipes import shipped
 from tests.deploy import slurm_cluster
 from tests.services import until
 
@@ -210,13 +211,13 @@ def test_limits_are_read_as_slurm_reads_them(time: str, seconds: int):
     assert slurm.seconds(time) == seconds
 
 
-def test_templates_are_found_in_an_installed_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_templates_are_found_in_an_installed_package_too(tmp_path: Path):
     package = tmp_path / "potstill"
-    monkeypatch.setattr("potstill.__file__", str(package / "__init__.py"))
     with pytest.raises(ConfigError, match="reinstall potstill"):
-        slurm.templates()
+        shipped("slurm", package)
     (package / "shipped_slurm").mkdir(parents=True)
-    assert slurm.templates() == package / "shipped_slurm"
+    assert shipped("slurm", package) == package / "shipped_slurm"
+    assert (shipped("slurm") / "single_node.sbatch.j2").exists()
 
 
 def test_without_the_services_packages_it_says_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ from potstill.methods import PRESETS
 from potstill.methods.method import objective
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "deploy" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODELS = "models.toml"
 SHIPPED = [path for path in sorted(recipes.folder().rglob("*.toml")) if path.name != MODELS]
 
