@@ -207,6 +207,11 @@ def admin_key(store: Store, options: ServiceOptions, say: Callable[[str], None])
 
     Raises ConfigError where a service that others reach would show its first key, and for a file that cannot be made.
     """
+    with _first_of_several(options.runs / ".key.lock"):
+        _make_key(store, options, say)
+
+
+def _make_key(store: Store, options: ServiceOptions, say: Callable[[str], None]) -> None:
     keys = store.keys.list()
     if not options.new_key and any(key.principal.sees_all and key.lives for key in keys):
         return
@@ -227,11 +232,18 @@ def _cluster(options: ServiceOptions, say: Callable[[str], None]) -> tuple[Clust
     named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if named:
         return Cluster(address=named, token=None), None
-    with (options.runs / f"{HEAD_RECORD}.lock").open("a") as turn:  # of several services one starts it
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with _first_of_several(options.runs / f"{HEAD_RECORD}.lock"):
         head = start_or_adopt(options.runs / HEAD_RECORD)
     say(f"a Ray head of our own, on loopback: process {head.pid}")
     return head.cluster, head
+
+
+@contextlib.contextmanager
+def _first_of_several(lock: Path) -> Iterator[None]:
+    """Services that start together over the same runs come in one after the other: what the first has made is there."""
+    with lock.open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def _end(

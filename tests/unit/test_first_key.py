@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_a_service_that_others_reach_writes_it_to_a_private_file_and_does_not_sh
     assert said == [f"an administrator's API key is in {file}"]
     assert key not in said[0]
     assert store.keys.bearer(key) is not None
+
+
+def test_of_services_that_start_together_one_makes_it(store: Store, tmp_path: Path):
+    said: list[str] = []
+    asked = options(tmp_path, host=ANYWHERE, key_file=tmp_path / "key")
+    with ThreadPoolExecutor(4) as services:
+        for started in [services.submit(admin_key, store, asked, said.append) for _ in range(4)]:
+            started.result()
+    assert len(said) == len(store.keys.list()) == 1
 
 
 def test_without_a_file_it_is_refused_and_nothing_is_made(store: Store, tmp_path: Path):
