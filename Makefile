@@ -45,7 +45,7 @@ long: setup ## the tests that `make test` leaves out for their time
 	.ci/tools long
 	$(PYTHON) -m pytest -m long --durations=10 $(ARGS)
 
-chaos: setup ## kill, freeze, cut off and starve real runs, one after another: half an hour, longer on busy cores; more of it as root
+chaos: setup ## kill, freeze, cut off and starve real runs, one after another: forty minutes on two cores; more of it as root
 	$(PYTHON) -m pytest tests/chaos -s --durations=0 $(ARGS)
 
 deploy-check: setup ## everything in deploy/, the long tests too: a fresh installation, Slurm, two machines; as root
