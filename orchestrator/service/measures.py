@@ -108,8 +108,8 @@ class _Runs(Collector):
             self._alarms = {run.id: self._alarms_of(run.id) for run in working}
         except ServiceError:
             counts, working = None, []
-        yield _gauge("potstill_cluster_up", "1 while the cluster answers.", float(self._cluster_up()))
-        yield _gauge("potstill_database_up", "1 while the database answers.", float(counts is not None))
+        yield GaugeMetricFamily("potstill_cluster_up", "1 while the cluster answers.", float(self._cluster_up()))
+        yield GaugeMetricFamily("potstill_database_up", "1 while the database answers.", float(counts is not None))
         states = GaugeMetricFamily("potstill_runs", "Runs by state.", labels=["status"])
         for state, count in (counts or {}).items():
             states.add_metric([state.value], float(count))
@@ -167,7 +167,3 @@ def _of_runs(name: str, what: str, values: Sequence[tuple[Run, float]]) -> Metri
     for run, value in values:
         family.add_metric([run.id], value)
     return family
-
-
-def _gauge(name: str, what: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, what, value=value)
