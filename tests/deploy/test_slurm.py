@@ -244,6 +244,8 @@ class Played:
             "SLURM_JOB_NODELIST": "n[1-3]",
             "SLURM_CPUS_ON_NODE": "8",
             "RAY_ADDRESS": "somebody:6379",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "somebody's",
             **variables,
         }
         self.process = subprocess.Popen(["bash", str(script)], cwd=here.parent, env=environment, start_new_session=True)

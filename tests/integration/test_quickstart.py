@@ -28,7 +28,7 @@ from potstill.journal import read_jsonl, write_json
 SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
 SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
 SHARED = pytest.mark.asyncio(loop_scope="session")
-ENDS_S = 120.0
+ENDS_S = 300.0  # a hundred beside other whole runs on two cores
 
 
 @contextmanager
