@@ -30,6 +30,8 @@ import ray
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from learner.masters import Masters
+from learner.model import CausalModel
 from learner.outbox import Outbox
 from learner.publish import DevicePublisher, as_numpy
 from potstill.config import SamplingConfig
@@ -215,12 +217,14 @@ def deltas(size: int) -> dict[str, Any]:
     for rate in RATES:
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config_of(size)).bfloat16()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        masters = Masters(CausalModel(model, model))
+        optimizer = torch.optim.AdamW(masters.weights.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         payloads, shares, seconds = [], [], []
         for step in range(5):
             ids = torch.randint(0, model.config.vocab_size, (2, 128))
             model(ids, labels=ids).loss.backward()
             optimizer.step()
+            masters.settle()
             optimizer.zero_grad()
             arrays = {name: as_numpy(weight) for name, weight in model.named_parameters()}
             payloads.append(pack(arrays, step)[1])

@@ -162,6 +162,6 @@ def _scrambled(batch: Sequence[ScoredRollout]) -> list[ScoredRollout]:
 def _loss_and_gradient(trainer: Trainer, batch: Sequence[ScoredRollout]) -> tuple[float, list[Tensor]]:
     masks = trainer.masks(batch)
     tally = trainer.accumulate(batch, masks, totals(batch, masks), step=1)
-    gradient = [p.grad for p in trainer.student.parameters() if p.grad is not None]
+    gradient = trainer.masters.gradients()
     trainer.optimizer.zero_grad(set_to_none=True)
     return sum(loss.item() for loss in tally.losses.values()), gradient

@@ -3,8 +3,9 @@
     step-000123/
       model/          what transformers and vLLM load: config, safetensors, tokenizer, chat template, README.md
       adapter/        only with LoRA: the adapter alone, for peft
-      trainer/        what continues beside model/: optimizer, teacher, its weighing, judge, random generators and, with
-                      LoRA, the adapter by the learner's own names as *.safetensors; state.json
+      trainer/        what continues beside model/: optimizer, the float32 weights behind a bfloat16 student, teacher,
+                      its weighing, judge, random generators and, with LoRA, the adapter by the learner's own names as
+                      *.safetensors; state.json
       manifest.json   sha256 and size of every file above
 
     trainer ── capture ──► Captured ── write ──► step-000123        training goes on after capture: write, on a thread
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from learner.inner_teacher import InnerModels
 from learner.judge import Judge
+from learner.masters import Masters
 from learner.moments import load_moments, moments
 from learner.trainer import Trainer
 from learner.weighing import Weighing
@@ -77,7 +79,7 @@ def capture(trainer: Trainer) -> Captured:
     student, trainable = trainer.student, _trainable(trainer)
     tensors: dict[str, Mapping[str, Tensor]] = {
         "model/model": student.ranks.whole(student.full_weights()),
-        "trainer/optimizer": moments(trainer.optimizer, trainable, student.ranks),
+        "trainer/optimizer": moments(trainer.optimizer, trainer.masters.weights, student.ranks),
         "trainer/generators": _generators(student.head.device),
         **{f"trainer/{name}": part.state() for name, part in _beside(trainer).items()},
     }
@@ -148,7 +150,7 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     weights = load_file(folder / ("trainer/student.safetensors" if _is_adapted(trainer) else "model/model.safetensors"))
     for name, parameter in trainable.items():
         parameter.copy_(ranks.lay(weights[name], like=parameter))
-    load_moments(trainer.optimizer, trainable, _load(folder / "trainer" / "optimizer"), ranks)
+    load_moments(trainer.optimizer, trainer.masters.weights, _load(folder / "trainer" / "optimizer"), ranks)
     for name, part in _beside(trainer).items():
         part.load(_load(folder / "trainer" / name))
     _set_generators(_load(folder / "trainer" / "generators"), trainer.student.head.device)
@@ -214,9 +216,14 @@ def _set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def _beside(trainer: Trainer) -> dict[str, InnerModels | Judge | Weighing]:
+def _beside(trainer: Trainer) -> dict[str, Masters | InnerModels | Judge | Weighing]:
     """What changes with the steps beside the student, by the name of its file; there is none where nothing does."""
-    return {"teacher": trainer.inner, "judge": trainer.judge, "weighing": trainer.weighing}
+    return {
+        "masters": trainer.masters,
+        "teacher": trainer.inner,
+        "judge": trainer.judge,
+        "weighing": trainer.weighing,
+    }
 
 
 def _trainable(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

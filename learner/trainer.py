@@ -25,6 +25,7 @@ from learner.facts import Facts, Moment
 from learner.inner_teacher import InnerModels, InnerTeacher
 from learner.judge import judge_of
 from learner.logprobs import Tally, head_loss, id_logprobs
+from learner.masters import Masters
 from learner.model import CausalModel, learning_rate, make_optimizer
 from learner.nearness import near_of
 from learner.objective import OF_TEACHER, row_loss
@@ -50,7 +51,8 @@ class Trainer:
     def __init__(self, config: RunConfig, student: CausalModel, sent: SentStates | None = None) -> None:
         self.config = config
         self.student = student.eval()  # without dropout: the sampler has none, and a step must be reproducible
-        self.optimizer = make_optimizer(student.parameters(), config.optim)
+        self.masters = Masters(student)
+        self.optimizer = make_optimizer(self.masters.weights.values(), config.optim)
         self.inner = InnerModels.beside(student, config)
         self.teacher: SentStates | InnerTeacher | None = sent or self.inner.teacher  # whose every logit is at hand
         self.judge = judge_of(student, config)
@@ -174,9 +176,8 @@ class Trainer:
 
     def _move(self, step: int, loss: float) -> float:
         """Clip, check, step. Returns the gradient's norm before clipping."""
-        trained = [p for p in self.student.parameters() if p.grad is not None]
-        total_norm = self.student.ranks.norm([p.grad for p in trained if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.max_grad_norm, total_norm)
+        total_norm = self.student.ranks.norm(self.masters.gradients())
+        torch.nn.utils.clip_grads_with_norm_(self.masters.weights.values(), self.config.optim.max_grad_norm, total_norm)
         grad_norm = total_norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFinite(
@@ -186,6 +187,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.masters.settle()
         self.inner.follow()
         self.version = step
         return grad_norm

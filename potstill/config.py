@@ -42,7 +42,8 @@ class StudentConfig(Section):
     model: ModelRef
     """A folder in Hugging Face format: config.json, model.safetensors, tokenizer files with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights while training. bfloat16 loses updates smaller than 1/256 of a weight."""
+    """In which learner and engine compute, alike. bfloat16: half the memory of the engine, and on GPUs ten times the
+    speed; the learner keeps the trained weights in float32 behind it, so that no small update is lost."""
     lora: LoraConfig | None = None
     """None: all weights are trained."""
 

@@ -36,6 +36,9 @@ CLAIMED = {
     "none": Tier.TEXT,
 }
 
+WIDTH = {"float32": 4, "bfloat16": 2}
+TRAINED_BYTES = 16  # of a parameter that AdamW moves: itself, its gradient and two moments, in float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -64,19 +67,16 @@ def plan(config: RunConfig) -> Plan:
     found = _tier_found(config)
     _refuse_unfit(config, found)
     parameters = num_parameters(Path(config.student.model))
-    width = 4 if config.student.dtype == "float32" else 2
     rollout = config.rollout
     tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.sampling.max_new_tokens
-    states = 2 + 2 * (4 / width) if config.student.lora is None else 1.1
-    judged = 16 if isinstance(config.objective.judge, Discriminator) and config.student.lora is None else 0
     return Plan(
         method=config.method,
         source=rollout.source,
         tier_needed=config.objective.tier.name,
         tier_found=found.name,
         student_parameters=parameters,
-        learner_bytes=int(parameters * (width * states + judged)),
-        engine_bytes=parameters * width,
+        learner_bytes=_learner_bytes(config, parameters),
+        engine_bytes=parameters * WIDTH[config.student.dtype],
         tokens_per_step_at_most=tokens,
         tokens_at_most=tokens * config.loop.steps,
         weights=_weights(config),
@@ -84,6 +84,17 @@ def plan(config: RunConfig) -> Plan:
         asks=tuple(_asks(config)),
         notes=tuple(_notes(config)),
     )
+
+
+def _learner_bytes(config: RunConfig, parameters: int) -> int:
+    """Weights, gradients and two moments in float32, beside what the passes read where that is bfloat16; activations
+    are not counted. Of an adapter, what it adds is small."""
+    width = WIDTH[config.student.dtype]
+    if config.student.lora is not None:
+        return int(parameters * width * 1.1)
+    states = TRAINED_BYTES if config.student.dtype == "float32" else TRAINED_BYTES + width
+    judged = TRAINED_BYTES if isinstance(config.objective.judge, Discriminator) else 0
+    return parameters * (states + judged)
 
 
 def num_parameters(folder: Path) -> int:

@@ -20,6 +20,7 @@ LORA = {"rank": 2, "alpha": 4.0}
 RUNS: dict[str, dict[str, Any]] = {
     "all weights": {"method": "opd", "objective": {"support": {"k": 3}}},
     "adapter": {"method": "opd", "objective": {"support": {"k": 3}}, "student": {"lora": LORA}},
+    "bfloat16": {"method": "opd_sampled", "student": {"dtype": "bfloat16"}, "optim": {"lr": 1e-4}},
     "frozen": {"method": "opsd", "teacher": SELF_TEACHER},
     "ema": {"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "ema"}},
     "taid": {"method": "taid", "teacher": SELF_TEACHER},

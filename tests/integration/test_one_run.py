@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,21 @@ async def test_opd_with_the_transformers_engine_is_bit_equal_from_run_to_run(
     assert weights(first) == weights(again) != weights(other)
     write_report(first)
     assert (first / "report.html").stat().st_size > 1000
+
+
+async def test_a_student_in_bfloat16_is_the_same_in_learner_and_engine_and_keeps_what_was_learnt_in_float32(
+    opened: Site, folder: Path, served: dict[str, str]
+):
+    config = make_config(folder, "half", "student.dtype=bfloat16", teacher=served)
+    found = await run(opened, config)
+    check_what_is_left(found, config)
+    assert events(found)["canaries.passed"]["sampler_gap"] < 1e-2
+    half = load_file(last_checkpoint(found) / "model.safetensors")
+    kept = load_file(last_checkpoint(found).parent / "trainer" / "masters.safetensors")
+    assert half.keys() == kept.keys()
+    for name, weight in kept.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(half[name], weight.bfloat16())
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "device"])

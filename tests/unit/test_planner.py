@@ -190,6 +190,8 @@ def test_a_learner_holds_weights_gradient_and_two_moments(model: Path):
     weights = 4 * num_parameters(model)
     found = plan(make_config(model))
     assert (found.engine_bytes, found.learner_bytes) == (weights, 4 * weights)
+    half = plan(make_config(model, "student.dtype=bfloat16"))
+    assert (half.engine_bytes, half.learner_bytes) == (weights // 2, weights // 2 + 4 * weights)
 
 
 def test_a_discriminator_needs_no_verifier_and_is_held_in_float32_beside_the_student(model: Path):
@@ -198,7 +200,7 @@ def test_a_discriminator_needs_no_verifier_and_is_held_in_float32_beside_the_stu
     found = plan(make_config(model, *changes, method="gad", teacher=NONE))
     assert found.learner_bytes == 2 * 4 * 4 * parameters
     in_bfloat16 = plan(make_config(model, *changes, "student.dtype=bfloat16", method="gad", teacher=NONE))
-    assert in_bfloat16.learner_bytes == 12 * parameters + 16 * parameters
+    assert in_bfloat16.learner_bytes == (2 + 16) * parameters + 16 * parameters
 
 
 def test_the_plan_says_how_weights_will_travel(model: Path):
