@@ -15,6 +15,7 @@ from potstill.config_alarms import AlarmsConfig
 from potstill.config_resources import ResourcesConfig
 from potstill.config_sinks import SinksConfig
 from potstill.config_teachers import TeacherConfig
+from potstill.config_vllm import VllmConfig
 from potstill.config_weights import WeightsConfig
 from potstill.methods import PRESETS
 from potstill.nearest import hint
@@ -135,6 +136,7 @@ class RolloutConfig(Section):
     """privileged: the student writes under the teacher's prompt and learns it under both (π-Distill)."""
     engine: Literal["vllm", "transformers"] = "transformers"
     """transformers: starts at once, bit-exact, for small models; vllm: for everything else."""
+    vllm: VllmConfig = VllmConfig()
     workers: Positive = 1
     """Rollout worker processes."""
     min_workers: Positive = 1

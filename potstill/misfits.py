@@ -243,9 +243,19 @@ def _unfit_served(config: RunConfig) -> Iterator[str]:
 
 
 def _unfit_resources(config: RunConfig) -> Iterator[str]:
-    """Room that is asked for and would stay empty."""
-    if config.resources.rollout.gpus and config.rollout.engine == "transformers":
-        yield 'rollout.engine = "transformers" writes on CPUs: engine = "vllm", or resources.rollout.gpus = 0'
+    """Room that is asked for and would stay empty, or that is too small for what shares it."""
+    gpus, together = config.resources.rollout.gpus, config.rollout.vllm.tensor_parallel
+    if config.rollout.engine == "transformers":
+        if gpus:
+            yield 'rollout.engine = "transformers" writes on CPUs: engine = "vllm", or resources.rollout.gpus = 0'
+        if together > 1:
+            yield f'rollout.vllm.tensor_parallel = {together} is for rollout.engine = "vllm"'
+    elif together > 1 and gpus not in {0, together}:
+        yield f"rollout.vllm.tensor_parallel = {together} wants as many GPUs: resources.rollout.gpus = {together}"
+    elif config.resources.layout == "colocated" and gpus and config.rollout.vllm.cache_gb is None:
+        yield 'layout "colocated" shares GPUs: rollout.vllm.cache_gb says how much of one an engine keeps for its cache'
+    if together > 1 and config.weights.transport == "device":
+        yield 'weights.transport = "device" reaches one process of a worker: "auto" with rollout.vllm.tensor_parallel'
 
 
 def _unfit_widths(objective: Objective) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from potstill.config import SamplingConfig
+from potstill.config_vllm import VllmConfig
 from potstill.config_weights import InFlight
 from potstill.errors import ConfigError
 from potstill.model_folder import check_model_folder
@@ -34,7 +35,10 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of a process with threads
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or processes that share a model want a NUMA node each
 }
+ALONE = VllmConfig()
 COOLEST = 0.01  # below it, and above 0, vLLM samples at 0.01 instead and logits / temperature may overflow
 
 
@@ -120,18 +124,26 @@ def build_engine(
     threads: int,
     max_model_len: int,
     num_draws: int = 0,
+    vllm: VllmConfig = ALONE,
 ) -> RolloutEngine:
     """Load `model` as weights version `version`, held as `dtype`, into the engine of that name.
 
     `num_draws` independent draws are kept at every position, beside the token that is written.
+    `vllm` is of that engine alone.
     `stop_token_id` is the tokenizer's; the model's generation_config.json is never read.
     Sets ENVIRONMENT for this process. The OMP settings bind only where torch has not been imported before.
-    Raises ConfigError for an unknown name, a folder that is no model, and more positions than the model has.
+    Raises ConfigError for an unknown name, a folder that is no model, more positions than the model has, and heads that
+    processes cannot share.
     """
     check_model_folder(model)
-    positions = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    described = json.loads((model / "config.json").read_text())
+    positions, heads = (described.get(name) for name in ("max_position_embeddings", "num_attention_heads"))
     if positions is not None and max_model_len > positions:
         raise ConfigError(f"{model}: knows {positions} positions; prompts and new tokens may need {max_model_len}")
+    if heads is not None and heads % vllm.tensor_parallel:
+        raise ConfigError(
+            f"{model}: {heads} heads; rollout.vllm.tensor_parallel {vllm.tensor_parallel} must divide them"
+        )
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(threads))
     if name == "transformers":
         from rollout_worker.transformers_engine import TransformersEngine
@@ -145,7 +157,7 @@ def build_engine(
 
         return VllmEngine(
             model=model, dtype=dtype, stop_token_id=stop_token_id, version=version, threads=threads,
-            max_model_len=max_model_len, num_draws=num_draws,
+            max_model_len=max_model_len, num_draws=num_draws, settings=vllm,
         )  # fmt: skip
     raise ConfigError(f'rollout.engine {name!r} is not known: write "transformers" or "vllm"')
 

@@ -175,6 +175,7 @@ class _Opener:
                 threads=self._config.rollout.threads,
                 max_model_len=rollout.max_prompt_tokens + rollout.sampling.max_new_tokens,
                 num_draws=self._config.objective.num_draws,
+                vllm=rollout.vllm,
             )
             self._stack.push_async_callback(self._engines[key].close)
         return self._engines[key]

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -31,24 +32,25 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason as VllmFinishReason
 
 from potstill.config import SamplingConfig
+from potstill.config_vllm import VllmConfig
 from potstill.config_weights import InFlight
 from potstill.errors import ConfigError, NonFinite, WeightsError, WorkerLost
 from potstill.transports.device import Stream
 from potstill.types import FinishReason, WeightsVersion
 from potstill.weights import Bytes, check_newer
-from rollout_worker import vllm_loading
+from rollout_worker import vllm_loading, vllm_process
 from rollout_worker.arriving import Weights
 from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
 from rollout_worker.incoming import Incoming
+from rollout_worker.lending import lent
 from rollout_worker.sampling import vllm_arguments
-from rollout_worker.vllm_sampler import StudentSampler
 
-CACHE_BYTES = 1 << 29  # of keys and values; vLLM otherwise takes a large part of the machine's memory
-MAX_SEQUENCES = 256  # written side by side; more wait their turn
+CPU_CACHE_GB = 0.5  # of keys and values, where vLLM otherwise takes a large part of the machine's memory
 BATCHED_TOKENS = 8192  # of one step; raised where one whole text needs more, because none is prefilled in parts
 TEARS = 3  # versions in a row that stopped midway, after which another process is tried
 
@@ -71,6 +73,7 @@ class VllmEngine:
         threads: int,
         max_model_len: int,
         num_draws: int,
+        settings: VllmConfig,
     ) -> None:
         self._incoming = Incoming(model, dtype)
         self._dtype = dtype
@@ -78,6 +81,7 @@ class VllmEngine:
         self._version = version
         self._max_model_len = max_model_len
         self._num_draws = num_draws
+        self._settings = settings
         self._names = itertools.count()
         self._waiting: dict[str, Future[CompletionOutput]] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
@@ -114,17 +118,23 @@ class VllmEngine:
     ) -> float:
         async with self._swapping:
             check_newer(self._version, version.version)
-            weights = await asyncio.to_thread(self._incoming.weights, version, payload)
-            swapped: Future[float] = Future()
-            swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
-            swap = partial(self._swap, version.version, weights, in_flight, swapped)
-            await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
-            return await asyncio.wrap_future(swapped)
+            with ExitStack() as lending:
+                weights = await asyncio.to_thread(self._handed, lending, version, payload)
+                swapped: Future[float] = Future()
+                swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
+                swap = partial(self._swap, version.version, weights, in_flight, swapped)
+                await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
+                return await asyncio.wrap_future(swapped)
 
     async def close(self) -> None:
         if self._stopped is None:
             await self._between_steps(lambda: self._stop("the engine is closed"))
         await asyncio.to_thread(self._thread.join)
+
+    def _handed(self, lending: ExitStack, version: WeightsVersion, payload: Bytes | Stream) -> Weights:
+        """Checked, and where vLLM's processes can read them."""
+        weights = self._incoming.weights(version, payload)
+        return weights if self._settings.tensor_parallel == 1 else lending.enter_context(lent(weights))
 
     async def _write(
         self, request: GenerationRequest, sampling: SamplingConfig, want_logprobs: bool, support_k: int
@@ -164,7 +174,7 @@ class VllmEngine:
         try:
             torch.set_num_threads(threads)  # counted per calling thread
             with _ONE_AT_A_TIME:
-                engine = _start(model, self._dtype, self._max_model_len, self._num_draws)
+                engine = _start(model, self._dtype, self._max_model_len, self._num_draws, self._settings)
         except BaseException as error:
             started.set_exception(error)  # raised where the engine is being built
             return
@@ -264,7 +274,7 @@ class VllmEngine:
 
     def _load(self, weights: Weights) -> None:
         self._engine.collective_rpc("start_weight_update")
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": iter(weights)}})
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
         self._engine.collective_rpc("finish_weight_update")
         weights.end()
         # Cached keys and values are the old weights': what is in flight is read again from its first token.
@@ -301,7 +311,8 @@ class VllmEngine:
                 done.set_exception(WorkerLost(reason))
 
 
-def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEngine:
+def _start(model: Path, dtype: str, max_model_len: int, num_draws: int, settings: VllmConfig) -> LLMEngine:
+    cache_gb = CPU_CACHE_GB if settings.cache_gb is None and current_platform.is_cpu() else settings.cache_gb
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(model),
@@ -311,12 +322,15 @@ def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEn
             dtype=dtype,
             seed=0,  # every request that samples brings its own
             max_model_len=max_model_len,
-            max_num_seqs=MAX_SEQUENCES,
+            max_num_seqs=settings.sequences,
             max_num_batched_tokens=max(BATCHED_TOKENS, max_model_len),
             enable_chunked_prefill=False,  # a seeded request that is prefilled in parts kills vLLM on a CPU
             enable_prefix_caching=True,
-            kv_cache_memory_bytes=CACHE_BYTES,
-            enforce_eager=True,
+            kv_cache_memory_bytes=None if cache_gb is None else int(cache_gb * 2**30),
+            tensor_parallel_size=settings.tensor_parallel,
+            distributed_executor_backend=None if settings.tensor_parallel == 1 else "mp",
+            worker_extension_cls=vllm_process.NAME,
+            enforce_eager=not settings.compiled,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             max_logprobs=-1,
@@ -324,7 +338,7 @@ def _start(model: Path, dtype: str, max_model_len: int, num_draws: int) -> LLMEn
             weight_transfer_config=vllm_loading.config(),
         )
     )
-    engine.model_executor.driver_worker.model_runner.sampler = StudentSampler(num_draws)
+    engine.collective_rpc("report_draws", args=(num_draws,))
     return engine
 
 

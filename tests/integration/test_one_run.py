@@ -151,10 +151,18 @@ async def test_a_student_in_bfloat16_is_the_same_in_learner_and_engine_and_keeps
         assert torch.equal(half[name], weight.bfloat16())
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "device"])
-async def test_opd_with_vllm_uses_each_new_version(opened: Site, folder: Path, served: dict[str, str], transport: str):
-    settings = ("rollout.engine=vllm", f"weights.transport={transport}")
-    config = make_config(folder, f"opd-vllm-{transport}", *settings, teacher=served)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("memory", "weights.transport=shared_memory"),
+        ("device", "weights.transport=device"),
+        pytest.param("two", "rollout.vllm.tensor_parallel=2", marks=pytest.mark.long),
+    ],
+)
+async def test_opd_with_vllm_uses_each_new_version(
+    opened: Site, folder: Path, served: dict[str, str], name: str, setting: str
+):
+    config = make_config(folder, f"opd-vllm-{name}", "rollout.engine=vllm", setting, teacher=served)
     left = await run(opened, config)
     check_what_is_left(left, config)
     assert events(left)["canaries.passed"]["sampler_gap"] < 1e-4

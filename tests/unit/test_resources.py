@@ -17,7 +17,10 @@ from tests.tiny_models import save_tiny_model
 
 VLLM = "rollout.engine=vllm"
 GPUS = ("resources.learner={cpus: 4, gpus: 1}", "resources.rollout.gpus=1", VLLM)
-SHARED = ("resources.layout=colocated", "resources.learner={cpus: 4, gpus: 0.6}", "resources.rollout.gpus=0.4", VLLM)
+SHARED = (
+    *("resources.layout=colocated", "resources.learner={cpus: 4, gpus: 0.6}", "resources.rollout.gpus=0.4"),
+    *(VLLM, "rollout.vllm.cache_gb=8"),
+)
 ONE, TWO = Node(address="10.0.0.1", has={"CPU": 8.0, "GPU": 1.0}), Node(address="10.0.0.2", has={"CPU": 8.0})
 
 
@@ -132,10 +135,27 @@ def test_the_plan_names_the_layout_and_what_it_asks_for(
     assert (plan(config).layout, plan(config).asks) == (config.resources.layout, asks)
 
 
-def test_gpus_for_an_engine_that_writes_on_cpus_are_refused(tmp_path: Path):
-    config = make_config("resources.rollout.gpus=1", model=save_tiny_model(tmp_path, seed=0))
-    with pytest.raises(PlanError, match='engine = "vllm", or resources'):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (("resources.rollout.gpus=1",), 'engine = "vllm", or resources'),
+        (("rollout.vllm.tensor_parallel=2",), 'tensor_parallel = 2 is for rollout.engine = "vllm"'),
+        ((*GPUS, "rollout.vllm.tensor_parallel=2"), r"as many GPUs: resources\.rollout\.gpus = 2"),
+        ((VLLM, "rollout.vllm.tensor_parallel=2", "weights.transport=device"), '"auto" with rollout.vllm'),
+        ((*SHARED, "rollout.vllm.cache_gb=null"), r"rollout\.vllm\.cache_gb says how much"),
+    ],
+)
+def test_an_engine_that_cannot_have_what_it_wants_is_refused(tmp_path: Path, changes: tuple[str, ...], says: str):
+    config = make_config(*changes, model=save_tiny_model(tmp_path, seed=0))
+    with pytest.raises(PlanError, match=says):
         plan(config)
+
+
+def test_an_engine_on_two_gpus_is_placed_with_both(tmp_path: Path):
+    two = (*GPUS, "rollout.vllm.tensor_parallel=2", "resources.rollout.gpus=2")
+    config = make_config(*two, model=save_tiny_model(tmp_path, seed=0))
+    assert Placement.of(config).worker == {"GPU": 2.0}
+    assert "rollout: 1 worker with 2 GPU" in plan(config).asks
 
 
 def test_the_plan_says_that_ray_knows_nothing_of_the_runs_own_teacher(tmp_path: Path):
