@@ -93,7 +93,7 @@ class Learner:
         """
         import torch
 
-        from learner.model import load_student
+        from learner.model import load_student, recompute_layers
         from learner.publish import open_sender
         from learner.sent_states import SentStates
         from learner.trainer import Trainer
@@ -104,7 +104,8 @@ class Learner:
         self._spans = Spans(fence.folder / FOLDER / f"learner-{rank}.jsonl", f"learner-{rank}")
         write_to(log_of(fence.folder, f"learner-{rank}"))
         ranks = self._meet(rank, config.learner.ranks, gathering)
-        student = ranks.shard(load_student(config.student, seed=config.seed, device=ranks.home))
+        student = load_student(config.student, seed=config.seed, device=ranks.home)
+        student = ranks.shard(recompute_layers(student) if config.learner.recompute else student)
         self._trainer = Trainer(config, student, SentStates.of(config, met, student))
         self._route = route
         if self._sender is not None:

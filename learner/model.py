@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from learner.attention import IMPLEMENTATION, Layout
@@ -98,6 +100,19 @@ def load_transformer(folder: str, *, dtype: torch.dtype, device: torch.device) -
     if info["missing_keys"]:
         raise ConfigError(f"model {folder!r} lacks weights, which would be random: {sorted(info['missing_keys'])[:3]}")
     return model.to(device)
+
+
+def recompute_layers(student: CausalModel) -> CausalModel:
+    """The student itself, whose layers forget what they computed and compute it again in the backward pass.
+
+    Kept are the states between layers: a third more work, and a fraction of the memory (Chen et al., arXiv 1604.06174).
+    The weights must then be the same in both passes.
+    """
+    kinds = set(student.transformer._no_split_modules or ())
+    for layer in student.transformer.modules():
+        if type(layer).__name__ in kinds:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return student
 
 
 def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.AdamW:

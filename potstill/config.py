@@ -194,6 +194,9 @@ class LearnerConfig(Section):
     """Prompt and completion tokens packed into one forward pass. Too large: out of memory."""
     chunk_tokens: Positive = 512
     """Rows of logits that exist at a time. Too small: slow; too large: [rows × vocabulary] floats of memory."""
+    recompute: bool = False
+    """Keep only the states between layers for the backward pass, and compute the rest again there: a third more work,
+    and a fraction of the memory that a micro-batch takes. For students of billions of weights, or long texts."""
     threads: Positive = 1
     """CPU threads."""
     ranks: Positive = 1

@@ -189,6 +189,8 @@ def _unfit_rewards(config: RunConfig) -> Iterator[str]:
         yield f"teacher.ranks rewards completions, and method {config.method!r} reads no reward"
     if isinstance(objective.judge, Discriminator) and config.learner.ranks > 1:
         yield 'judge "discriminator" learns in one process: learner.ranks = 1'
+    if isinstance(objective.judge, Discriminator) and config.learner.recompute:
+        yield 'judge "discriminator" lends its weights to the student\'s layers for one pass: learner.recompute = false'
     if config.rollout.samples_per_prompt >= 2:
         return
     if ranks:

@@ -63,13 +63,14 @@ def test_its_memory_is_what_the_planner_estimates(recipe: Path, tmp_path: Path):
 
 
 def test_its_speed_is_what_products_allow(recipe: Path, tmp_path: Path):
-    """Two FLOP a weight forward, and two each for the gradients of what it reads and, where it learns, of itself."""
+    """Two FLOP a weight forward, as often as that is computed, and two each for the gradients of what it reads and,
+    where it learns, of itself."""
     config, found = planned(recipe, tmp_path)
     said = re.search(
         r"# Speed, estimated and not measured: the learner at most ([\d,]+) tokens a second", recipe.read_text()
     )
     assert said is not None
-    products = 4 if config.student.lora is not None else 6
+    products = (4 if config.student.lora is not None else 6) + (2 if config.learner.recompute else 0)
     flops = BFLOAT16_FLOPS if config.student.dtype == "bfloat16" else FLOAT32_FLOPS
     allowed = USED * flops * config.learner.ranks / (products * int(str(found["student_parameters"])))
     assert float(said[1].replace(",", "")) == pytest.approx(allowed, rel=0.05)

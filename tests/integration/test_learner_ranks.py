@@ -22,7 +22,7 @@ from torch import Tensor
 
 from learner import canaries, checkpoint
 from learner.logprobs import Tally
-from learner.model import CausalModel, load_student
+from learner.model import CausalModel, load_student, recompute_layers
 from learner.outbox import Outbox
 from learner.parallel import Joined, meeting
 from learner.publish import DevicePublisher, gathered, snapshot
@@ -62,6 +62,7 @@ class Run:
     batch: Callable[[int], list[ScoredRollout]] = some_batch
     tie: bool = False
     learner: dict[str, int] = field(default_factory=lambda: {"micro_batch_tokens": 12})
+    recompute: bool = False
     metrics: float = 1e-4  # what rounding may change: of a metric, as a share
     weights: float = 5e-5  # and of a weight
 
@@ -78,6 +79,7 @@ RUNS = {
     "one text": Run({"method": "opd_sampled"}, batch=one_text),
     "one text, live teacher": Run({"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "live"}}, batch=one_text),
     "adapter": Run({"method": "opd_sampled", "student": {"lora": LORA}}),
+    "recomputed": Run({"method": "opd_sampled"}, recompute=True),
     "bfloat16": Run({"method": "opd_sampled", "student": {"dtype": "bfloat16"}}, metrics=1e-2, weights=2**-8),
     "adapter on bfloat16": Run({"method": "opd_sampled", "student": {"lora": LORA, "dtype": "bfloat16"}}),
     "adapter, average": Run(
@@ -94,7 +96,8 @@ PRESETS = (
 def trainer_for(run: Run, models: Path, ranks: Ranks) -> Trainer:
     model = {"model": str(models / ("tied" if run.tie else "untied")), **run.config.get("student", {})}
     config = make_config(**{**run.config, "student": model, "optim": {"lr": 1e-3}, "learner": run.learner})
-    return Trainer(config, ranks.shard(load_student(config.student, seed=0, device=ranks.home)))
+    student = load_student(config.student, seed=0, device=ranks.home)
+    return Trainer(config, ranks.shard(recompute_layers(student) if run.recompute else student))
 
 
 def train(run: Run, models: Path, ranks: Ranks) -> tuple[list[dict[str, float]], dict[str, Tensor]]:

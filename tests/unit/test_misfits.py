@@ -144,6 +144,11 @@ def several(**member: Any) -> dict[str, Any]:
             ("gad", OPENAI, BESIDE, SAMPLES),
         ),
         (
+            ("gad", OPENAI, BESIDE, SAMPLES, "learner.recompute=true"),
+            "lends its weights to the student's layers for one pass: learner.recompute = false",
+            ("gad", OPENAI, BESIDE, SAMPLES),
+        ),
+        (
             ("ranked_preference", RANKS),
             "teacher.ranks puts completions of one prompt in order",
             ("ranked_preference", RANKS, SAMPLES),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.model import CausalModel
+from learner.model import CausalModel, recompute_layers
 from learner.packing import Packed
 from learner.trainer import Trainer
 from potstill.errors import NonFinite
@@ -66,6 +66,30 @@ def in_float32(batch: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         return dataclasses.replace(carrier, **{name: value.astype(np.float32) for name, value in wide.items()})
 
     return [ScoredRollout(rollout=cast(scored.rollout), scores=cast(scored.scores)) for scored in batch]
+
+
+def saved_bytes(trainer: Trainer, batch: Sequence[ScoredRollout]) -> int:
+    """What a step's passes keep for their backward passes, in all."""
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss_and_gradient(trainer, batch)
+    return kept
+
+
+@every_method
+def test_layers_that_are_computed_again_give_the_same_gradient_from_less_memory(method: dict[str, Any]) -> None:
+    plain, frugal = make_trainer(**method), make_trainer(**method)
+    recompute_layers(frugal.student)
+    expected, found = (loss_and_gradient(trainer, batch_for(method)) for trainer in (plain, frugal))
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+    assert saved_bytes(frugal, batch_for(method)) < 0.5 * saved_bytes(plain, batch_for(method))
 
 
 @every_method
