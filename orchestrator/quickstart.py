@@ -97,12 +97,16 @@ class Quickstart:
         """All phases; the report of the distillation with those of its preparations and control folded in."""
         with Footprint() as footprint:
             async with self._answering:
-                for name in self._recipe.prepared:
-                    self._folders[name] = await self._prepare(opened, name)
-                    _copy(last_checkpoint(self._folders[name]), self._shelf / name.replace("_", "-"))
+                await self.prepare(opened)
                 report = await self._distil(opened)
         report["peak_rss_bytes"] = footprint.peak_bytes
         return report
+
+    async def prepare(self, opened: Site) -> None:
+        """Make what the recipe needs, where the cache has it not, and lay a copy of each model on the shelf."""
+        for name in self._recipe.prepared:
+            self._folders[name] = await self._prepare(opened, name)
+            _copy(last_checkpoint(self._folders[name]), self._shelf / name.replace("_", "-"))
 
     async def _distil(self, opened: Site) -> dict[str, Any]:
         recipe = self._recipe

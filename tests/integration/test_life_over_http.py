@@ -1,7 +1,8 @@
 """A whole life over HTTP: submitted, watched, paused, resumed, forked, cancelled, downloaded, loaded.
 
 By the command line, by curl, by the Python client and by OpenAI's; the run is `potstill run` as a Ray job, with a
-teacher server, a rollout worker and a learner of its own.
+teacher server, a rollout worker and a learner of its own. The run is the quickstart's distillation, of the models that
+the quickstart prepares.
 """
 
 from __future__ import annotations
@@ -23,47 +24,34 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.service.head import start_or_adopt
 from orchestrator.service.jobs import RayLauncher
+from tests.quickstart_models import CHECKOUT, ON_THE_SHELF, OPD, SHORT, shelf
 from tests.services import Service, serving
-from tests.tiny_models import save_tiny_model
 
-CONFIG = """
-name = "life"
-method = "opd"
-[student]
-model = "student"
-[teacher]
-kind = "server"
-model = "teacher"
-[data]
-kind = "reasoning_gym"
-dataset = "chain_sum"
-[rollout]
-prompts_per_step = 2
-max_prompt_tokens = 128
-[rollout.sampling]
-max_new_tokens = 12
-[optim]
-lr = 1e-4
-[loop]
-steps = 150
-[checkpoint]
-every = 10
-"""
-STEPS, LAST = 150, "step-000150"
+QUICK = (*SHORT, "loop.steps=150", "rollout.prompts_per_step=2", "checkpoint.every=10")
 PATIENCE_S = 400.0  # two runs start on the machine's cores while other tests use them
 
 
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["quick", "whole"])
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether preparations and distillation are the quickstart's to the last step, or of a few steps each."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def models(whole: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shelf(CHECKOUT) if whole else shelf(tmp_path_factory.mktemp("prepared"), *SHORT)
+
+
+@pytest.fixture(scope="module")
+def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder, record = tmp_path_factory.mktemp("life"), tmp_path_factory.mktemp("head") / "head.json"
-    for seed, name in enumerate(("student", "teacher")):
-        save_tiny_model(folder / "models" / name, seed=seed)
-    (folder / "life.toml").write_text(CONFIG)
     head = start_or_adopt(record)
     command = (sys.executable, "-m", "potstill", "run")
     try:
         with serving(
-            folder, lambda url: RayLauncher(head.cluster, command=command, report_url=url, service="life")
+            folder,
+            lambda url: RayLauncher(head.cluster, command=command, report_url=url, service="life"),
+            models=(models,),
         ) as running:
             yield running
     finally:
@@ -112,21 +100,36 @@ def has_begun(run: Mapping[str, Any]) -> bool:
     return int(run["progress"]["step"]) >= 1
 
 
-def test_a_whole_life(service: Service, tmp_path: Path):
+def check_told_once(stream: Path) -> None:
+    """Every event of a run that has ended: none lost, none twice."""
+    messages = stream.read_text().split("\n\n")
+    seqs = [int(line[4:]) for message in messages for line in message.splitlines() if line.startswith("id: ")]
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert any(message.startswith("event: end") for message in messages)
+
+
+def logits(model: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(model)(torch.arange(16)[None]).logits
+
+
+def test_a_whole_life(service: Service, models: Path, whole: bool, tmp_path: Path):
+    changes = ["name=life", *ON_THE_SHELF, *(() if whole else QUICK)]
     fine_tuning = openai.OpenAI(api_key=service.key, base_url=f"{service.url}/v1").fine_tuning.jobs
     with service.client() as client:
 
         def step() -> int:
             return int(client.get_run("life")["progress"]["step"])
 
-        assert cli(service, "submit", str(service.folder / "life.toml"))["status"] == "queued"
+        submitted = cli(service, "submit", str(OPD), *changes)
+        assert submitted["status"] == "queued"
+        steps = submitted["progress"]["max_steps"]
         with curl_following(service, "/v1/runs/life/events", tmp_path / "events"):
             until(lambda: step() >= 5)
             assert fine_tuning.retrieve("life").status == "running"
             client.pause_run("life")
             until(lambda: client.get_run("life")["status"] == "paused")
             reached = step()
-            assert 5 <= reached < STEPS
+            assert 5 <= reached < steps
             assert curl(service, "POST", "/v1/runs/life/resume")["status"] == "queued"
 
             newest = cli(service, "checkpoints", "list", "life")["data"][-1]["id"]
@@ -140,19 +143,15 @@ def test_a_whole_life(service: Service, tmp_path: Path):
 
             assert client.wait("life")["status"] == "succeeded"
         assert client.get_run("life")["attempt"] == 2
+        check_told_once(tmp_path / "events")
+        assert [row["step"] for row in service.store.events.metrics("life")] == list(range(1, steps + 1))
 
-        messages = (tmp_path / "events").read_text().split("\n\n")
-        seqs = [int(line[4:]) for message in messages for line in message.splitlines() if line.startswith("id: ")]
-        assert seqs == list(range(1, len(seqs) + 1))
-        assert any(message.startswith("event: end") for message in messages)
-        steps = [row["step"] for row in service.store.events.metrics("life")]
-        assert steps == list(range(1, STEPS + 1))  # none lost, none twice
-
-        got = cli(service, "checkpoints", "get", "life", LAST, "--out", str(tmp_path / "got"))
-    folder = Path(got["folder"]) / "model"
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    kept = AutoModelForCausalLM.from_pretrained(service.folder / "runs" / "life" / "checkpoints" / LAST / "model")
-    ids = torch.arange(16)[None]
-    assert torch.equal(loaded(ids).logits, kept(ids).logits)
-    began = AutoModelForCausalLM.from_pretrained(service.folder / "models" / "student")
-    assert not torch.equal(loaded(ids).logits, began(ids).logits)
+        last = f"step-{steps:06d}"
+        got = cli(service, "checkpoints", "get", "life", last, "--out", str(tmp_path / "got"))
+    run = service.folder / "runs" / "life"
+    after = logits(Path(got["folder"]) / "model")
+    assert torch.equal(after, logits(run / "checkpoints" / last / "model"))
+    assert not torch.equal(after, logits(models / "warm-student"))
+    if whole:
+        found = json.loads((run / "report.json").read_text())
+        assert found["student_after"] > 2 * found["student_before"]

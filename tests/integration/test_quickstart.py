@@ -6,11 +6,8 @@ test_black_box_runs.py.
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +15,18 @@ import pytest
 
 from orchestrator.foreground import until_done
 from orchestrator.launch import Site
-from orchestrator.quickstart import Quickstart
 from orchestrator.recipe_table import RECIPES
 from orchestrator.report import write_report
-from potstill.display import make_display
 from potstill.errors import ConfigError
 from potstill.journal import read_jsonl, write_json
+from tests.quickstart_models import SHORT, quickstart
 
-SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
-SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
 SHARED = pytest.mark.asyncio(loop_scope="session")
 ENDS_S = 300.0  # a hundred beside other whole runs on two cores
 
 
-@contextmanager
-def quickstart(name: str, runs: Path, *changes: str) -> Iterator[Quickstart]:
-    recipe = RECIPES[name]
-    phases = dict.fromkeys([*recipe.prepared, *(phase.config for phase in recipe.runs)])
-    with make_display(None, name, file=io.StringIO(), phases=phases) as display:
-        yield Quickstart(recipe, seed=0, changes=[*SHORT, *changes], runs=runs, folder=runs / name, display=display)
-
-
 def fail(runs: Path) -> None:
-    starting = quickstart("opsd", runs, "rollout.max_prompt_tokens=1")
+    starting = quickstart("opsd", runs, *SHORT, "rollout.max_prompt_tokens=1")
     with starting as started, pytest.raises(ConfigError, match="exceed the 13 positions"):
         until_done(started.run)
 
@@ -62,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def run(name: str, runs: Path, opened: Site) -> dict[str, Any]:
-    with quickstart(name, runs) as started:
+    with quickstart(name, runs, *SHORT) as started:
         return await started.run_on(opened)
 
 

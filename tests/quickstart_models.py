@@ -1,0 +1,49 @@
+"""A recipe of the quickstart, and what its models are when it has prepared them, for whoever serves them."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestrator.foreground import until_done
+from orchestrator.launch import site
+from orchestrator.quickstart import Quickstart
+from orchestrator.recipe_table import RECIPES
+from potstill import recipes
+from potstill.config_file import load
+from potstill.display import make_display
+
+SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
+SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
+OPD = recipes.folder() / "opd.toml"
+ON_THE_SHELF = ("student.model=warm-student", "teacher.model=teacher")  # for OPD, at a service of these models
+CHECKOUT = Path("runs")  # where `make quickstart` prepares, and what it has prepared is found
+
+
+@contextmanager
+def quickstart(name: str, runs: Path, *changes: str) -> Iterator[Quickstart]:
+    recipe = RECIPES[name]
+    phases = dict.fromkeys([*recipe.prepared, *(phase.config for phase in recipe.runs)])
+    with make_display(None, name, file=io.StringIO(), phases=phases) as display:
+        yield Quickstart(recipe, seed=0, changes=[*changes], runs=runs, folder=runs / name, display=display)
+
+
+def shelf(runs: Path, *changes: str) -> Path:
+    """The folder of the models with which OPD begins, prepared by the quickstart's own runs."""
+    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(runs, *changes))
+    process.start()  # its Ray ends with it
+    process.join()
+    assert process.exitcode == 0
+    return runs / "models"
+
+
+def _prepare(runs: Path, *changes: str) -> None:
+    async def prepare(recipe: Quickstart) -> None:
+        async with site(load(OPD)) as opened:
+            await recipe.prepare(opened)
+
+    with quickstart("opd", runs, *changes) as recipe:
+        until_done(lambda: prepare(recipe))
