@@ -82,7 +82,6 @@ def render(config: RunConfig, job: Job) -> str:
         name=config.name,
         job=job,
         room=job.room,
-        journal=Path(config.runs) / config.name / "events.jsonl",
         notice_s=NOTICE_S,
         early_s=EARLY_S,
     )

@@ -59,13 +59,18 @@ def run(
     overrides: Overrides = None,
     report_to: Annotated[str | None, typer.Option(help="URL of the service that follows this run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in its folder.")] = False,
+    resume_if_begun: Annotated[
+        bool, typer.Option("--resume-if-begun", help="Go on with the run that is in its folder, or begin it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a config here, on RAY_ADDRESS or a local Ray; the result is in <runs>/<name>."""
     from orchestrator import foreground
     from potstill.config_file import load
+    from potstill.journal import has_begun
 
     resolved = load(config, overrides or [])
+    resume = resume or (resume_if_begun and has_begun(Path(resolved.runs) / resolved.name))
     report = foreground.run(resolved, report_to=report_to, quiet=as_json, resume=resume)
     if report is None:
         typer.echo(f"potstill: {resolved.name} was asked to stop; go on with --resume", err=True)

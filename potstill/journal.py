@@ -54,6 +54,11 @@ KEPT = ".kept"
 Listener = Callable[[str, Mapping[str, Any]], None]  # ("event" | "metrics" | "status", record)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds something to go on from."""
+    return (folder / "events.jsonl").exists()
+
+
 class Journal:
     """Writer of one run's folder. One process writes a folder at a time.
 
@@ -63,7 +68,7 @@ class Journal:
 
     def __init__(self, folder: Path, *, resume: bool = False) -> None:
         self.folder = folder
-        exists = (folder / "events.jsonl").exists()
+        exists = has_begun(folder)
         if exists and not resume:
             raise ConfigError(f"{folder} already holds a run: choose another name, move it away, or --resume it")
         if resume and not exists:

@@ -36,7 +36,7 @@ from orchestrator.service.store.database import Lease
 from potstill import process_log
 from potstill.calling.meter import spent_in
 from potstill.errors import Fenced, RunError, ServiceError
-from potstill.journal import STOP_AT_ONCE, Status, steps_in, write_json
+from potstill.journal import STOP_AT_ONCE, Status, has_begun, steps_in, write_json
 from potstill.refusals import refusals
 
 TRIES = 3  # launches in a row, with no step done between, after which a run that loses its process has failed
@@ -228,7 +228,7 @@ class Supervisor:
             self._store.runs.move(run.id, State.FAILED, str(error), _failure("RunError", None, str(error)))
             return
         token = self._signer.token(run.submission_id)
-        self._launcher.launch(run, folder / "submitted.json", token, resume=_has_begun(folder))
+        self._launcher.launch(run, folder / "submitted.json", token, resume=has_begun(folder))
         self._store.runs.launched(run.id)
 
     def _conclude(self, run: Run, job: Job | None) -> None:
@@ -244,7 +244,7 @@ class Supervisor:
             self._store.runs.move(run.id, wanted, "its process has ended, as was asked")
             return
         message, failure = self._lost(run, job)
-        if _has_begun(folder) and self._may_recover(run.id, len(steps_in(folder))):
+        if has_begun(folder) and self._may_recover(run.id, len(steps_in(folder))):
             self._store.runs.again(run.id, f"{message}; it is resumed")
         else:
             self._store.runs.move(run.id, State.FAILED, message, failure)
@@ -270,11 +270,6 @@ class Supervisor:
         message = f"the run's process ended without a final report ({code})"
         tail = text_at_end(self.runs, run.id, LOG_TAIL_LINES)
         return message, _failure("WorkerLost", job.exit_code, message, tail)
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether there is something to go on from."""
-    return (folder / "events.jsonl").exists()
 
 
 def _failure(kind: str, exit_code: int | None, message: str, log_tail: str | None = None) -> Failure:

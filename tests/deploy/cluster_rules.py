@@ -279,10 +279,9 @@ def commanded(found: list[Manifest]) -> Iterator[str]:
             if said is not None:
                 yield f"{pod.owner}: {said}"
     for one in of(found, "RayJob"):
-        for words in (plain := re.sub(r"\$\(.*\|\| echo (\S+)\)", "", one["spec"]["entrypoint"])), f"{plain} --resume":
-            said = refusal(shlex.split(words))
-            if said is not None:
-                yield f"{name_of(one)}: {said}"
+        said = refusal(shlex.split(one["spec"]["entrypoint"]))
+        if said is not None:
+            yield f"{name_of(one)}: {said}"
 
 
 RULES: Mapping[str, Callable[[list[Manifest]], Iterator[str]]] = {

@@ -296,10 +296,10 @@ def test_the_secrets_to_make_are_told_with_their_keys():
     assert {(name, key) for name, keys in OUTSIDE.items() for key in keys} == set(made)
 
 
-def test_the_job_goes_on_with_the_run_that_its_config_names():
+def test_the_job_goes_on_with_what_an_earlier_cluster_has_begun():
     job = next(one for one in manifests("job") if name_of(one) == JOB)
-    config = load(K8S / "job" / "run.toml")
-    assert f"{Path(config.runs) / config.name}/events.jsonl" in job["spec"]["entrypoint"]
+    assert job["spec"]["entrypoint"].split()[-1] == "--resume-if-begun"
     assert (job["spec"]["backoffLimit"], job["spec"]["shutdownAfterJobFinishes"]) == (3, True)
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    assert "/etc/potstill" in {one["mountPath"] for one in head["volumeMounts"]}
+    kept = load(K8S / "job" / "run.toml").runs
+    assert {"/etc/potstill", kept} <= {one["mountPath"] for one in head["volumeMounts"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -291,28 +292,17 @@ def test_it_runs_the_config_where_it_was_rendered_and_ends_as_the_run_does(playe
     assert job.end() == 3
     (line,) = runs(job.asked())
     assert "sums.sbatch.toml" in line
-    assert "--resume" not in line
+    assert line.rstrip().endswith("--resume-if-begun")
     assert job.environment() == ["none  "]  # no cluster that the submitting shell knew
     assert not list(played.parent.rglob("pwned"))
-
-
-def test_what_was_begun_is_gone_on_with(played: Path):
-    journal = played / "runs" / "sums" / "events.jsonl"
-    journal.parent.mkdir(parents=True)
-    journal.touch()
-    job = Played(played, rendered(played, config()))
-    assert job.end() == 0
-    assert runs(job.asked())[0].rstrip().endswith("--resume")
 
 
 def test_hostile_words_of_a_config_are_words(played: Path):
     raw = config(runs=HOSTILE, data={"kind": "jsonl", "path": HOSTILE}, student={"model": HOSTILE})
     script = rendered(played, raw, "--out", f"{HOSTILE}.sbatch")
-    (played / HOSTILE / "sums").mkdir(parents=True)
-    (played / HOSTILE / "sums" / "events.jsonl").touch()
     job = Played(played, script)
     assert job.end() == 0
-    assert runs(job.asked())[0].rstrip().endswith("--resume")
+    assert shlex.split(runs(job.asked())[0])[3].endswith(f"{HOSTILE}.sbatch.toml")
     assert not list(played.parent.rglob("pwned"))
 
 
