@@ -101,6 +101,7 @@ class Learner:
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.seed)
         self._config, self._fence = config, fence
+        self._tokenizer = self._checkpoint.tokenizer_files(Path(config.student.model))
         self._spans = Spans(fence.folder / FOLDER / f"learner-{rank}.jsonl", f"learner-{rank}")
         write_to(log_of(fence.folder, f"learner-{rank}"))
         ranks = self._meet(rank, config.learner.ranks, gathering)
@@ -198,8 +199,7 @@ class Learner:
         return self.joined
 
     def _write(self, captured: Any, folder: Path, card: str, extra: Mapping[str, Any]) -> None:
-        tokenizer = Path(self._config.student.model)
-        self._checkpoint.write(captured, folder, card=card, tokenizer=tokenizer, extra=extra, fence=self._fence)
+        self._checkpoint.write(captured, folder, card=card, tokenizer=self._tokenizer, extra=extra, fence=self._fence)
         self._checkpoint.prune(folder.parent, keep=self._config.checkpoint.keep)
 
     def _written(self) -> None:

@@ -21,7 +21,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +97,22 @@ def capture(trainer: Trainer) -> Captured:
     )
 
 
+def tokenizer_files(model: Path) -> dict[str, bytes]:
+    """Those that a model folder has, by name: read before the first step, for the folder may be gone by the last."""
+    return {name: (model / name).read_bytes() for name in TOKENIZER_FILES if (model / name).is_file()}
+
+
 def write(
-    captured: Captured, folder: Path, *, card: str, tokenizer: Path, extra: Mapping[str, Any], fence: Fence
+    captured: Captured,
+    folder: Path,
+    *,
+    card: str,
+    tokenizer: Mapping[str, bytes],
+    extra: Mapping[str, Any],
+    fence: Fence,
 ) -> Path:
-    """Write `folder`, and read it back. `card` becomes model/README.md; `extra` (prompt cursor, counters) comes back
-    from `restore`. Call it from any thread.
+    """Write `folder`, and read it back. `card` becomes model/README.md, `tokenizer` the files beside it; `extra`
+    (prompt cursor, counters) comes back from `restore`. Call it from any thread.
 
     A sound checkpoint that is there already stays as it is; one that is damaged is set aside. Raises Fenced when a
     newer attempt of the run has begun, RunError when the disk is full or gives back other bytes than it was given.
@@ -118,9 +128,8 @@ def write(
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             if tensors:
                 save_file(dict(tensors), temporary / f"{name}.safetensors", metadata={"format": "pt"})
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / "model" / name)
+        for name, content in tokenizer.items():
+            (temporary / "model" / name).write_bytes(content)
         (temporary / "model" / "README.md").write_text(card)
         state = {"version": captured.version, "schedules": captured.schedules, "extra": dict(extra)}
         write_json(temporary / "trainer" / "state.json", state)
@@ -135,7 +144,7 @@ def save(trainer: Trainer, folder: Path, *, card: str, tokenizer: Path, extra: M
     """Capture and write at once, as the run's newest attempt: for those who have time to wait."""
     run = folder.parent.parent
     fence = Fence(run, newest_attempt(run))
-    return write(capture(trainer), folder, card=card, tokenizer=tokenizer, extra=extra, fence=fence)
+    return write(capture(trainer), folder, card=card, tokenizer=tokenizer_files(tokenizer), extra=extra, fence=fence)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from orchestrator.buffer import Closed
 from orchestrator.launch import site
 from orchestrator.report import page_of_a_bad_ending, write_report
 from orchestrator.run import execute
+from orchestrator.standing_in import with_a_student
 from potstill.config import RunConfig
 from potstill.display import make_display
 from potstill.environments import open_environment
@@ -34,6 +35,7 @@ def run(config: RunConfig, *, report_to: str | None, quiet: bool, resume: bool) 
     None when it was asked to stop before its end and can be resumed. Refuses before anything is written when
     config, plan and sinks do not fit.
     """
+    config = with_a_student(config) if resume else config
     plan(config)
     open_environment(config.data).held_out(config.eval.items)
     if report_to is not None and "POTSTILL_RUN_TOKEN" not in os.environ:

@@ -51,7 +51,8 @@ def train(trainer: Trainer, first: int, last: int) -> Trainer:
 def write(captured: checkpoint.Captured, folder: Path, model: Path, *, fence: Fence | None = None) -> Path:
     """As the first attempt of a run that has no other, unless a fence says otherwise."""
     fence = fence or Fence(folder.parent, 1)
-    return checkpoint.write(captured, folder, card="# A student\n", tokenizer=model, extra={}, fence=fence)
+    tokenizer = checkpoint.tokenizer_files(model)
+    return checkpoint.write(captured, folder, card="# A student\n", tokenizer=tokenizer, extra={}, fence=fence)
 
 
 def save(trainer: Trainer, folder: Path, model: Path, **extra: Any) -> Path:

@@ -5,6 +5,7 @@ A SIGTERM in the middle of a run is test_faults.py's; the learner and a worker t
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -67,3 +68,23 @@ def test_a_run_that_is_killed_itself_takes_its_processes_along(place: Path):
         run.end()
         run.check_nothing_is_left(but=RAYS_AGENTS)
         assert run.status == "running"
+
+
+def test_a_run_goes_on_without_the_folder_that_its_student_began_in(place: Path):
+    began = place / "runs" / "parent" / "checkpoints" / "step-000010" / "model"
+    shutil.copytree(place / "student", began)
+    changes = (f"student.model={began}", "--resume-if-begun", "checkpoint.every=0", *SUPERVISED)
+    with disturbed(place, "child", LONG, *changes) as run:
+        run.wait_for(lambda: run.trained(2))
+        shutil.rmtree(began.parent)
+        run.hurt("driver", signal.SIGTERM)
+        assert (run.end(), run.status) == (0, "cancelled")
+        reached = len(run.steps)
+
+        run.changes = (f"loop.steps={reached + 2}", *changes)
+        run.start(resume=False)
+        assert (run.end(), run.status) == (0, "succeeded"), run.said
+        assert len(run.steps) == reached + 2
+        files = [{path.name for path in folder.iterdir()} for folder in run.folder.glob("checkpoints/*/model")]
+        assert len(files) == 2
+        assert files[0] == files[1] >= {"tokenizer.json", "tokenizer_config.json"}
