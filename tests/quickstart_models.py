@@ -19,7 +19,8 @@ from potstill.display import make_display
 SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
 SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
 OPD = recipes.folder() / "opd.toml"
-ON_THE_SHELF = ("student.model=warm-student", "teacher.model=teacher")  # for OPD, at a service of these models
+STUDENT = "student.model=warm-student"  # of OPD, as a service of these models knows it
+TEACHER = "teacher.model=teacher"
 CHECKOUT = Path("runs")  # where `make quickstart` prepares, and what it has prepared is found
 
 

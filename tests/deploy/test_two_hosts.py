@@ -1,7 +1,8 @@
 """Two machines, as deploy/ray starts them: a run is submitted over HTTP, one machine is lost, and the run ends well.
 
 Each machine is a network namespace with an address of its own, and a cable lies between them. They share a file system,
-as the machines of a cluster do, and a token.
+as the machines of a cluster do, and a token. The run is the quickstart's distillation, of the models that it prepares,
+in fewer steps; its teacher has a server of its own on the machine that stays.
 """
 
 from __future__ import annotations
@@ -15,48 +16,29 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from potstill.journal import read_jsonl, steps_in
+from tests.quickstart_models import CHECKOUT, OPD, STUDENT, shelf
 from tests.services import until
-from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
-STEPS, PROMPTS = 150, 4
-PATIENCE_S = 240.0
-CONFIG = f"""
-name = "travels"
-method = "opd"
-[student]
-model = "student"
-[teacher]
-kind = "local"
-models = [{{ model = "teacher" }}]
-[data]
-kind = "reasoning_gym"
-dataset = "chain_sum"
-[rollout]
-workers = 2
-min_workers = 1
-prompts_per_step = {PROMPTS}
-max_prompt_tokens = 128
-[rollout.sampling]
-max_new_tokens = 12
-[resources]
-learner = {{ custom = {{ desk = 1 }} }}
-rollout = {{ custom = {{ room = 1 }} }}
-[optim]
-lr = 1e-4
-[loop]
-steps = {STEPS}
-max_staleness = 2
-[checkpoint]
-every = 50
-"""
+STEPS, PROMPTS = 60, 8
+PATIENCE_S = 600.0
+CHANGES = [
+    "name=travels",
+    STUDENT,
+    "teacher={kind: registered, name: teacher}",
+    "rollout.workers=2",
+    "resources.learner={custom: {desk: 1}}",
+    "resources.rollout={custom: {room: 1}}",
+    f"loop.steps={STEPS}",
+    "loop.max_staleness=2",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,24 +99,40 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 
 
 @contextmanager
-def served(host: Host, folder: Path) -> Iterator[Host]:
-    """`potstill serve` on that machine; the machine as an administrator of the service sees it."""
-    command = [sys.executable, "-m", "potstill", "serve", "--port", "8000", "--key-file", str(folder / "key")]
-    command += ["--runs", str(folder / "runs"), "--models", str(folder / "models")]
-    environment = {**host.environment, "RAY_ADDRESS": "http://127.0.0.1:8265", "HF_HUB_OFFLINE": "1"}
-    with (
-        (folder / "serve.log").open("wb") as log,
-        subprocess.Popen(host.command(*command), env=environment, stdout=log, stderr=log) as process,
-    ):
+def running(host: Host, words: list[str], *, says: str, log: Path) -> Iterator[None]:
+    """A module of Python on that machine, from when it has said that it is up."""
+    command, environment = host.command(sys.executable, "-m", *words), {**host.environment, "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
         try:
-            until(lambda: b"potstill serves at" in (folder / "serve.log").read_bytes())
-            with_key = {
-                "POTSTILL_URL": "http://127.0.0.1:8000",
-                "POTSTILL_API_KEY": (folder / "key").read_text().strip(),
-            }
-            yield Host(space=host.space, address=host.address, environment={**environment, **with_key})
+            until(lambda: says in log.read_text(), PATIENCE_S)
+            yield
         finally:
             process.terminate()
+
+
+@contextmanager
+def served(host: Host, folder: Path, models: Path) -> Iterator[Host]:
+    """`potstill serve` on that machine; the machine as an administrator of the service sees it."""
+    environment = {**host.environment, "RAY_ADDRESS": "http://127.0.0.1:8265", "POTSTILL_TEACHERS": host.address}
+    places = {"key-file": folder / "key", "runs": folder / "runs", "secrets": folder / "secrets", "models": models}
+    words = ["potstill", "serve", "--port=8000", *(f"--{name}={place}" for name, place in places.items())]
+    here = replace(host, environment=environment)
+    with running(here, words, says="potstill serves at", log=folder / "serve.log"):
+        key = (folder / "key").read_text().strip()
+        with_key = {"POTSTILL_URL": "http://127.0.0.1:8000", "POTSTILL_API_KEY": key}
+        yield replace(host, environment={**environment, **with_key})
+
+
+@contextmanager
+def taught(client: Host, folder: Path, model: Path) -> Iterator[None]:
+    """A teacher's server on the machine of the service, which knows it as `teacher`."""
+    key = folder / "secrets" / "teacher"
+    key.write_text(secrets.token_hex(16))
+    words = ["teacher_server", str(model), "--host", client.address, "--port", "8001", "--key-file", str(key)]
+    with running(client, words, says='"ready"', log=folder / "teacher.log"):
+        url = f"http://{client.address}:8001"
+        client.potstill("teachers", "add", "teacher", "--kind=server", "--at", url, "--secret-ref=file:teacher")
+        yield
 
 
 def writers(run: Path) -> set[str]:
@@ -145,10 +143,9 @@ def writers(run: Path) -> set[str]:
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may make a network namespace")
 def test_a_submitted_run_outlives_the_loss_of_a_machine(tmp_path: Path):
-    for seed, name in enumerate(("student", "teacher")):
-        save_tiny_model(tmp_path / "models" / name, seed=seed)
+    models = shelf(CHECKOUT)
+    (tmp_path / "secrets").mkdir(mode=0o700)
     (tmp_path / "token").write_text(secrets.token_hex(32))
-    (tmp_path / "travels.toml").write_text(CONFIG)
     up = str(ROOT / "deploy" / "ray" / "up.sh")
     run = tmp_path / "runs" / "travels"
     with two_hosts(tmp_path) as (head, other):
@@ -158,8 +155,8 @@ def test_a_submitted_run_outlives_the_loss_of_a_machine(tmp_path: Path):
         refused = head.ask("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:8265/api/jobs/")
         assert refused in {"401", "403"}
 
-        with served(head, tmp_path) as client:
-            client.potstill("submit", str(tmp_path / "travels.toml"))
+        with served(head, tmp_path, models) as client, taught(client, tmp_path, models / "teacher"):
+            client.potstill("submit", str(OPD), *CHANGES)
             until(lambda: len(writers(run)) == 2, PATIENCE_S)
             other.fall()
             until(lambda: _ended(client.potstill("status", "travels")), PATIENCE_S)
@@ -171,6 +168,8 @@ def test_a_submitted_run_outlives_the_loss_of_a_machine(tmp_path: Path):
     times = Counter(prompt for record in ledger for prompt in record["prompts"])
     assert set(times.values()) == {1}
     assert len(times) == STEPS * PROMPTS
+    report = json.loads((run / "report.json").read_text())
+    assert report["student_after"] > report["student_before"]
 
 
 def _ended(run: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.service.head import start_or_adopt
 from orchestrator.service.jobs import RayLauncher
-from tests.quickstart_models import CHECKOUT, ON_THE_SHELF, OPD, SHORT, shelf
+from tests.quickstart_models import CHECKOUT, OPD, SHORT, STUDENT, TEACHER, shelf
 from tests.services import Service, serving
 
 QUICK = (*SHORT, "loop.steps=150", "rollout.prompts_per_step=2", "checkpoint.every=10")
@@ -113,7 +113,7 @@ def logits(model: Path) -> torch.Tensor:
 
 
 def test_a_whole_life(service: Service, models: Path, whole: bool, tmp_path: Path):
-    changes = ["name=life", *ON_THE_SHELF, *(() if whole else QUICK)]
+    changes = ["name=life", STUDENT, TEACHER, *(() if whole else QUICK)]
     fine_tuning = openai.OpenAI(api_key=service.key, base_url=f"{service.url}/v1").fine_tuning.jobs
     with service.client() as client:
 
