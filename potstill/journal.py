@@ -49,7 +49,7 @@ STOP_AT_ONCE = ".stop-at-once"
 """Beside the logs: whoever asks the run to stop does not want to wait for a checkpoint."""
 
 KEPT = ".kept"
-"""In a checkpoint: another run begins with it, so its own run no longer removes it by itself."""
+"""In a checkpoint: a run begins with it, mostly another one, so that its own no longer removes it by itself."""
 
 Listener = Callable[[str, Mapping[str, Any]], None]  # ("event" | "metrics" | "status", record)
 

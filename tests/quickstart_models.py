@@ -1,9 +1,10 @@
-"""A recipe of the quickstart, and what its models are when it has prepared them, for whoever serves them."""
+"""The quickstart's recipes, and the models that it prepares for `opd`, as a service is given them."""
 
 from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.recipe_table import RECIPES
 from potstill import recipes
 from potstill.config_file import load
 from potstill.display import make_display
+from potstill.processes import end_with_parent
 
 SHORT = ["loop.steps=2", "rollout.prompts_per_step=4", "rollout.sampling.max_new_tokens=12", "eval.items=8"]
 SHORT += ["optim.warmup_steps=1", "learner.threads=1"]
@@ -35,13 +37,16 @@ def quickstart(name: str, runs: Path, *changes: str) -> Iterator[Quickstart]:
 def shelf(runs: Path, *changes: str) -> Path:
     """The folder of the models with which OPD begins, prepared by the quickstart's own runs."""
     process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(runs, *changes))
-    process.start()  # its Ray ends with it
+    process.start()
     process.join()
     assert process.exitcode == 0
     return runs / "models"
 
 
 def _prepare(runs: Path, *changes: str) -> None:
+    """In a process of its own, with which its Ray ends."""
+    end_with_parent(os.getppid())
+
     async def prepare(recipe: Quickstart) -> None:
         async with site(load(OPD)) as opened:
             await recipe.prepare(opened)
