@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from orchestrator.service.briefly import briefly
 from orchestrator.service.principals import Principal
 from orchestrator.service.runs import Event, State, event_resource
 from orchestrator.service.store import Store
@@ -62,7 +63,7 @@ class Following:
     async def stream(self, run_id: str, after: int, who: Principal) -> AsyncIterator[bytes]:
         """Events with seq > after as server-sent ones, to the run's end. The caller has seen that the run exists."""
         yield format_sse_event(retry=RETRY_MS)
-        last = await asyncio.to_thread(self._store.events.last, run_id)
+        last = await briefly(self._store.events.last, run_id)
         with self._counted(who), self._heard(run_id, last) as (tail, queue):
             reached = max(after, tail.seq)
             async for sent in self._replay(run_id, after, reached):
@@ -104,7 +105,7 @@ class Following:
         """What was handed out before this follower came."""
         while after < until:
             limit = min(EVENTS_AT_A_TIME, until - after)  # numbers have no gaps
-            events = await asyncio.to_thread(self._store.events.list, run_id, after=after, limit=limit)
+            events = await briefly(self._store.events.list, run_id, after=after, limit=limit)
             if not events:
                 return
             after = events[-1].seq
@@ -115,9 +116,8 @@ class Following:
         spoke = time.monotonic()
         with suppress(ServiceError):  # the run was deleted, or the database is away: its clients ask again
             while True:
-                state, count, sent = await asyncio.to_thread(self._next, run_id, tail.seq)
-                if not count and state.final:
-                    tail.ended = state
+                count, sent, tail.ended = await briefly(self._next, run_id, tail.seq)
+                if tail.ended is not None:
                     break
                 if not count and time.monotonic() > spoke + self._keepalive_s:
                     sent = KEEPALIVE_COMMENT
@@ -129,11 +129,17 @@ class Following:
         del self._tails[run_id]
         self._hand_out(tail, None)
 
-    def _next(self, run_id: str, after: int) -> tuple[State, int, bytes]:
-        """How a run is, and how many events there are behind one: asked in this order, a final run has no more."""
-        state = self._store.runs.state(run_id)
+    def _next(self, run_id: str, after: int) -> tuple[int, bytes, State | None]:
+        """How many events there are behind one, what is sent of them, and how the run ended, once there are no more.
+
+        A run that tells something is not asked for its state. Events of a final one are read after that was seen.
+        """
         events = self._store.events.list(run_id, after=after, limit=EVENTS_AT_A_TIME)
-        return state, len(events), _sent(events)
+        ended = None
+        if not events and (state := self._store.runs.state(run_id)).final:
+            events = self._store.events.list(run_id, after=after, limit=EVENTS_AT_A_TIME)
+            ended = None if events else state
+        return len(events), _sent(events), ended
 
     def _hand_out(self, tail: _Tail, batch: Batch | None) -> None:
         for queue in list(tail.queues):

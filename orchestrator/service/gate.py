@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.service.authentication import SAFE, Authentication
 from orchestrator.service.bodies import read_json
+from orchestrator.service.briefly import briefly
 from orchestrator.service.ranges import Unsatisfiable
 from orchestrator.service.runs import SequenceGap
 from potstill.errors import ConfigError, ServiceError
@@ -87,7 +87,7 @@ class Gate:
         """Raises ServiceError for what is turned away; returns what gives the body."""
         method, path = scope["method"], scope["path"]
         self._check_origin(method, path, headers)
-        who = await run_in_threadpool(self._authentication.of_request, method, path, headers)
+        who = await briefly(self._authentication.of_request, method, path, headers)
         scope["state"]["principal"] = who
         if _kinds(method, path, headers) != (JSON,):
             return receive

@@ -31,6 +31,7 @@ from orchestrator.service.store.runs import NewRun
 from orchestrator.service.store.schema import META
 from potstill.errors import ConfigError, Fenced, ServiceError
 from tests.databases import server, url
+from tests.postgres import Postgres
 
 __all__ = ["server", "url"]  # fixtures
 
@@ -247,6 +248,28 @@ def test_what_a_database_cannot_keep_is_refused_or_kept_without_it(store: Store)
     with pytest.raises(ServiceError) as caught:
         store.runs.get("a\0b")
     assert caught.value.status in {404, 400}  # SQLite has no such run, PostgreSQL refuses to look for it
+
+
+def test_a_reported_event_is_kept_to_the_last_bit(store: Store):
+    create(store)
+    data = {"seconds": 0.1 + 0.2, "small": 5e-324, "deep": [{"text": 'a "b" \\ \u2028 é'}, None, 2**60], "empty": {}}
+    sent = {"time": 1764419474.1234567, "message": 'ünïcode "quoted"\n\ttabbed', "data": data}
+    store.runs.report("one", Report.model_validate({"events": [event(1, **sent), event(2, **sent)]}))
+    kept = store.events.list("one", after=1, limit=10)
+    assert [(one.seq, one.time, one.message, one.data) for one in kept] == [
+        (seq, sent["time"], sent["message"], data) for seq in (2, 3)
+    ]
+
+
+def test_a_server_that_has_ended_the_connections_is_asked_over_new_ones(server: Postgres):
+    store = Store(Database(server.database("ended")))
+    create(store)
+    server.cut("ended")
+    assert store.runs.get("one").id == "one"
+    server.cut("ended")
+    store.runs.report("one", Report.model_validate({"events": [event(1)]}))
+    assert told(store) == ["m1"]
+    store.close()
 
 
 def test_what_belongs_to_another_owner_does_not_exist(store: Store):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
+from orchestrator.service.briefly import briefly
 from orchestrator.service.routes.asking import Reader, State, listed
 from orchestrator.service.runs import event_resource
 
@@ -35,13 +35,16 @@ async def list_events(
     last_event_id: Annotated[int | None, Header(ge=0, lt=2**53)] = None,
 ) -> Response:
     """Events with seq > after: a page, or, for `Accept: text/event-stream`, everything from there to the run's end."""
-    await run_in_threadpool(state.store.runs.get, run_id, who)
     if STREAM in request.headers.get("accept", ""):
+        await briefly(state.store.runs.require, run_id, who)
         state.following.admit(who)
         start = after if last_event_id is None else last_event_id
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return EventSourceResponse(state.following.stream(run_id, start, who), headers=headers)
-    events = await run_in_threadpool(
-        state.store.events.list, run_id, after=after, limit=limit + 1, level=level, type=type
-    )
-    return JSONResponse(listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq"))
+
+    def page() -> JSONResponse:
+        state.store.runs.require(run_id, who)
+        events = state.store.events.list(run_id, after=after, limit=limit + 1, level=level, type=type)
+        return JSONResponse(listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq"))
+
+    return await briefly(page)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.service import submissions
 from orchestrator.service.artifacts import delete_run as delete_with_artifacts
 from orchestrator.service.artifacts import keep_used
+from orchestrator.service.briefly import briefly
 from orchestrator.service.gate import JSON, JsonObject
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes.asking import (
@@ -81,7 +82,7 @@ def create_run(
 
 
 @router.get("", operation_id="list_runs")
-def list_runs(
+async def list_runs(
     request: Request,
     who: Reader,
     state: State,
@@ -91,16 +92,19 @@ def list_runs(
 ) -> JSONResponse:
     """A page of runs by creation, newest first. `metadata[name]=value` keeps those that carry the pair."""
     after = None if created_after is None else created_after.timestamp()
-    runs, more = state.store.runs.page(
-        who, page, states=status or (), metadata=metadata_filter(request), created_after=after
-    )
-    return JSONResponse(listed([run_resource(run) for run in runs], more))
+    metadata = metadata_filter(request)
+
+    def answer() -> JSONResponse:
+        runs, more = state.store.runs.page(who, page, states=status or (), metadata=metadata, created_after=after)
+        return JSONResponse(listed([run_resource(run) for run in runs], more))
+
+    return await briefly(answer)
 
 
 @router.get("/{run_id}", operation_id="get_run")
-def get_run(run_id: str, who: Reader, state: State) -> JSONResponse:
+async def get_run(run_id: str, who: Reader, state: State) -> JSONResponse:
     """One run. Its ETag is what PATCH asks for."""
-    return _answer(state.store.runs.get(run_id, who))
+    return await briefly(lambda: _answer(state.store.runs.get(run_id, who)))
 
 
 @router.patch("/{run_id}", operation_id="update_run")

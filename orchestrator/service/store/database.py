@@ -7,14 +7,23 @@ Refuses a database that cannot be durable, and a schema that is newer than this 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import select
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    DisconnectionError,
+    IntegrityError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from orchestrator.service.store.migrations import upgrade
@@ -24,6 +33,7 @@ from potstill.errors import ConfigError, Fenced, ServiceError
 
 CONNECTIONS, MORE = 10, 50  # kept open, and opened when that many threads ask at once: there are 40 for requests
 LOCK_WAIT_MS = 10_000  # that a writer waits for another one
+_BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN"}
 IDLE_MS = 3_000  # in a transaction, before PostgreSQL ends it: each of ours takes milliseconds
 
 
@@ -100,6 +110,26 @@ def now(db: sa.Connection) -> float:
     return float(db.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
 
 
+def append(db: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows that have every column.
+
+    PostgreSQL's driver would send one row after the other, and give the interpreter away at each: there all of them
+    are one JSON text.
+    """
+    if db.dialect.name == "sqlite":
+        db.execute(table.insert(), rows)
+    else:
+        db.execute(_insert_of_json(table), {"rows": rows})
+
+
+@cache
+def _insert_of_json(table: sa.Table) -> sa.Insert:
+    text = sa.bindparam("rows", type_=sa.JSON)
+    columns = [sa.column(column.name, column.type) for column in table.columns]
+    read = sa.func.json_to_recordset(text).table_valued(*columns).render_derived(with_types=True)
+    return table.insert().from_select([column.name for column in columns], sa.select(*read.columns))
+
+
 def _check(db: sa.Connection, lease: Lease) -> None:
     row = db.execute(sa.select(LEASES).where(LEASES.c.name == lease.name).with_for_update()).first()
     if row is None or row.token != lease.token:
@@ -107,22 +137,21 @@ def _check(db: sa.Connection, lease: Lease) -> None:
 
 
 def _engine(url: str) -> sa.Engine:
+    """The driver begins no transaction: a read is one journey to the database, and whoever writes begins one."""
     parsed = sa.make_url(url)
+    pool: dict[str, Any] = {"pool_size": CONNECTIONS, "max_overflow": MORE, "pool_use_lifo": True}  # warm ones first
     if parsed.get_backend_name() == "sqlite":
         _keep_private(parsed.database)
-        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, pool_size=CONNECTIONS, max_overflow=MORE)
+        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, **pool)
         sa.event.listen(engine, "connect", _durable)
-        sa.event.listen(engine, "begin", _lock_before_writing)
-        return engine
-    # A process that freezes in the middle of a transaction would hold its locks for ever.
-    limits = f"-c idle_in_transaction_session_timeout={IDLE_MS} -c lock_timeout={LOCK_WAIT_MS}"
-    return sa.create_engine(
-        parsed,
-        pool_size=CONNECTIONS,
-        max_overflow=MORE,
-        pool_pre_ping=True,
-        connect_args={"options": limits, "connect_timeout": 10},
-    )
+    else:
+        # A process that freezes in the middle of a transaction would hold its locks for ever.
+        limits = f"-c idle_in_transaction_session_timeout={IDLE_MS} -c lock_timeout={LOCK_WAIT_MS}"
+        arguments = {"options": limits, "connect_timeout": 10}
+        engine = sa.create_engine(parsed, isolation_level="AUTOCOMMIT", connect_args=arguments, **pool)
+        sa.event.listen(engine, "checkout", _still_there)
+    sa.event.listen(engine, "begin", _begin_to_write)
+    return engine
 
 
 @contextmanager
@@ -149,7 +178,7 @@ def _keep_private(path: str | None) -> None:
 
 def _durable(connection: Any, _record: Any) -> None:
     """Set up a SQLite connection, and check that SQLite agreed: on some file systems it cannot do WAL."""
-    connection.isolation_level = None  # transactions are begun by _lock_before_writing, not by the driver
+    connection.isolation_level = None  # transactions are begun by _begin_to_write
     wanted = {"busy_timeout": LOCK_WAIT_MS, "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     for pragma, value in wanted.items():
         connection.execute(f"PRAGMA {pragma}={value}")
@@ -158,7 +187,18 @@ def _durable(connection: Any, _record: Any) -> None:
             raise ConfigError(f"SQLite keeps {pragma}={found} here, not {value}: put the database on a local disk")
 
 
-def _lock_before_writing(connection: sa.Connection) -> None:
-    """A reader that turns writer in mid-transaction could not wait its turn; a writer asks for the lock at once."""
+def _still_there(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Whether the server has ended a connection that nobody used: its last word is there to be read.
+
+    To ask the server (`pool_pre_ping`) would be a journey before every read.
+    """
+    unread = select.poll()
+    unread.register(connection.fileno(), select.POLLIN)
+    if unread.poll(0):
+        raise DisconnectionError("the server has ended this connection")
+
+
+def _begin_to_write(connection: sa.Connection) -> None:
+    """SQLite's takes the lock at once: a reader that turns writer in mid-transaction could not wait its turn."""
     if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(_BEGIN[connection.dialect.name])

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from orchestrator.reporting import Report
 from orchestrator.service.runs import Event, SequenceGap, State
-from orchestrator.service.store.database import Database
+from orchestrator.service.store.database import Database, append
 from orchestrator.service.store.schema import EVENTS
 
 STREAMS = ("events", "metrics")  # a run's own logs
@@ -25,11 +25,21 @@ def _newest(column: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]) -> sa
     return query.scalar_subquery()
 
 
+# Statements that are asked all the time are built once.
 # One question in the middle of every report: the last event's number, and the last one held of each log.
 _NEWEST = sa.select(
     _newest(EVENTS.c.seq).label("seq"),
     *(_newest(EVENTS.c.report_seq, EVENTS.c.stream == stream).label(stream) for stream in STREAMS),
 )
+
+
+_BEHIND = (
+    sa.select(EVENTS)
+    .where(EVENTS.c.run_id == sa.bindparam("of"), EVENTS.c.seq > sa.bindparam("after"))
+    .order_by(EVENTS.c.seq)
+    .limit(sa.bindparam("most"))
+)
+_LAST = sa.select(_newest(EVENTS.c.seq))
 
 
 class Events:
@@ -40,13 +50,13 @@ class Events:
         self, run_id: str, *, after: int, limit: int, level: str | None = None, type: str | None = None
     ) -> list[Event]:
         """Events with seq > after, in order. Whether the run exists, and for whom, is the caller's question."""
-        query = sa.select(EVENTS).where(EVENTS.c.run_id == run_id, EVENTS.c.seq > after)
+        query = _BEHIND
         if level is not None:
             query = query.where(EVENTS.c.level == level)
         if type is not None:
             query = query.where(EVENTS.c.type == type)
         with self._database.reading() as db:
-            return [_event(row) for row in db.execute(query.order_by(EVENTS.c.seq).limit(limit))]
+            return [_event(row) for row in db.execute(query, {"of": run_id, "after": after, "most": limit})]
 
     def told(self, run_id: str, *, before: int | None = None, limit: int) -> Sequence[Event]:
         """What people read of a run, newest first: all but the steps' numbers; with `before`, what came earlier."""
@@ -154,14 +164,13 @@ def _of_metrics(report: Report) -> list[dict[str, Any]]:
 
 
 def _last_seq(db: sa.Connection, run_id: str) -> int:
-    found = db.execute(sa.select(sa.func.max(EVENTS.c.seq)).where(EVENTS.c.run_id == run_id)).scalar()
-    return 0 if found is None else int(found)
+    return int(db.execute(_LAST, {"of": run_id}).scalar_one())
 
 
 def _insert(db: sa.Connection, run_id: str, first: int, records: Sequence[Mapping[str, Any]]) -> None:
     """Number the records and insert them. The caller holds the run's row, so no other writer takes the numbers."""
     if records:
-        db.execute(EVENTS.insert(), [{"run_id": run_id, "seq": seq, **one} for seq, one in enumerate(records, first)])
+        append(db, EVENTS, [{"run_id": run_id, "seq": seq, **one} for seq, one in enumerate(records, first)])
 
 
 def _event(row: Any) -> Event:

@@ -30,7 +30,12 @@ Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
 _STORED = "the run is stored and waits for its turn"
-_STATE = (RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s)
+# Statements of every report and every follower are built once.
+_OF = RUNS.c.id == sa.bindparam("of")
+_JOB = sa.select(RUNS.c.submission_id).where(_OF)
+_STATE = sa.select(RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s).where(_OF)
+_STATE_LOCKED = _STATE.with_for_update()
+_HEARD = RUNS.update().where(_OF)
 
 
 def _sum(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
@@ -122,6 +127,12 @@ class Runs:
         with self._database.reading() as db:
             return run_of(_row(db, run_id, viewer))
 
+    def require(self, run_id: str, viewer: Principal) -> None:
+        """Raises ServiceError (404) when there is no such run for the viewer."""
+        with self._database.reading() as db:
+            if db.execute(sa.select(RUNS.c.id).where(RUNS.c.id == run_id, visible(RUNS, viewer))).first() is None:
+                raise _no_such_run()
+
     def state(self, run_id: str) -> State:
         """Raises ServiceError (404)."""
         with self._database.reading() as db:
@@ -130,7 +141,7 @@ class Runs:
     def job(self, run_id: str) -> str | None:
         """The submission id of a run's present job; None when there is no such run."""
         with self._database.reading() as db:
-            found = db.execute(sa.select(RUNS.c.submission_id).where(RUNS.c.id == run_id)).scalar()
+            found = db.execute(_JOB, {"of": run_id}).scalar()
         return None if found is None else str(found)
 
     def exists(self, run_id: str) -> bool:
@@ -286,7 +297,7 @@ class Runs:
                 heard |= {"step": newest.step, "latest": newest.values}
             if report.statuses:
                 heard["code_version"] = report.statuses[-1].code_version
-            db.execute(RUNS.update().where(RUNS.c.id == run_id).values(heard))
+            db.execute(_HEARD, {"of": run_id, **heard})
             for status in report.statuses:
                 row = _apply(db, row, status)
         return held
@@ -327,8 +338,7 @@ def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, loc
 
 def _state_row(db: sa.Connection, run_id: str, *, lock: bool = False) -> Any:
     """What a change of state asks of a run, without what its client wrote."""
-    query = sa.select(*_STATE).where(RUNS.c.id == run_id)
-    row = db.execute(query.with_for_update() if lock else query).first()
+    row = db.execute(_STATE_LOCKED if lock else _STATE, {"of": run_id}).first()
     if row is None:
         raise _no_such_run()
     return row
