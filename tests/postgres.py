@@ -32,9 +32,9 @@ class Postgres:
         return f"postgresql+psycopg://potstill@127.0.0.1:{self.port}/{name}"
 
     def cut(self, name: str) -> None:
-        """End every connection to a database, as a restart of the server would."""
+        """End every connection to a database, as a restart of the server would; they have ended when it returns."""
         with psycopg.connect(self._dsn("postgres"), autocommit=True) as db:
-            db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+            db.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", (name,))
 
     def _dsn(self, name: str) -> str:
         return f"host=127.0.0.1 port={self.port} user=potstill dbname={name}"

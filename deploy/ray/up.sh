@@ -70,7 +70,7 @@ fi
 RAY_AUTH_MODE=token setsid env -u POTSTILL_API_KEY \
   "${PYTHON:-python3}" -m ray.scripts.scripts start "${options[@]}" "$@" >"$state/ray.log" 2>&1 </dev/null &
 pid=$!
-since=$(born "$pid")
+since=$(born "$pid") || since=gone # it has ended already
 echo "$pid $since $temp" >"$state/node"
 
 for _ in {1..240}; do
