@@ -34,7 +34,7 @@ HOSTILE = 'a\'b "c" $(touch pwned) `touch pwned`; touch pwned #\\'
 ONE_GPU = {"cpus": 4, "gpus": 1}
 PYTHON = """#!/bin/bash
 # potstill, as far as a batch script can tell; its last step takes a moment.
-printf '%q ' "$@" >>"$SAID/asked"; echo >>"$SAID/asked"
+line=$(printf '%q ' "$@"); echo "$line" >>"$SAID/asked" # at once: others write, too
 echo "${RAY_ADDRESS:-none} ${RAY_AUTH_MODE:-} ${RAY_AUTH_TOKEN:-}" >>"$SAID/environment"
 [[ $* == *health-check* ]] && exit 0
 [[ $* == *scripts\\ start* ]] && exec sleep 60
@@ -45,13 +45,13 @@ until [ "$(grep -c '^-m ray.scripts.scripts start' "$SAID/asked")" -ge "${NODES:
 while :; do sleep 0.05; done
 """
 SRUN = """#!/bin/bash
-printf '%q ' srun "$@" >>"$SAID/asked"; echo >>"$SAID/asked"
+line=$(printf '%q ' srun "$@"); echo "$line" >>"$SAID/asked"
 while [[ $1 == --* ]]; do shift; done
 [ "$1" = getent ] && { echo "10.0.0.7 STREAM $3"; exit; }
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
-printf '%q ' scontrol "$@" >>"$SAID/asked"; echo >>"$SAID/asked"
+line=$(printf '%q ' scontrol "$@"); echo "$line" >>"$SAID/asked"
 [ "$1" = show ] && printf 'n1\\nn2\\nn3\\n'
 exit 0
 """
