@@ -118,13 +118,14 @@ class VllmEngine:
     ) -> float:
         async with self._swapping:
             check_newer(self._version, version.version)
-            with ExitStack() as lending:
-                weights = await asyncio.to_thread(self._handed, lending, version, payload)
-                swapped: Future[float] = Future()
-                swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
-                swap = partial(self._swap, version.version, weights, in_flight, swapped)
-                await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
-                return await asyncio.wrap_future(swapped)
+            lending = ExitStack()
+            weights = await asyncio.to_thread(self._handed, lending, version, payload)
+            swapped: Future[float] = Future()
+            swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
+            swapped.add_done_callback(lambda _: lending.close())  # it swaps, though whoever asked may have gone
+            swap = partial(self._swap, version.version, weights, in_flight, swapped)
+            await self._between_steps(partial(self._drain, swap) if in_flight == "finish" else swap)
+            return await asyncio.wrap_future(swapped)
 
     async def close(self) -> None:
         if self._stopped is None:

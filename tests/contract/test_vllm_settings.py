@@ -87,6 +87,24 @@ def test_damaged_weights_leave_the_old_ones_serving(bench: Bench, students: tupl
     check_written_by(students[0], before, bench.write(MIXED, sampling(20), k=4))
 
 
+def test_a_version_is_loaded_though_whoever_asked_has_gone(bench: Bench, students: tuple[Student, Student]) -> None:
+    """The swap waits for what is in flight; the caller does not."""
+    bench.load(students[0])
+    version, payload = students[1].payload(bench.engine.version + 1)
+
+    async def abandoned() -> None:
+        writing = asyncio.ensure_future(bench.engine.generate(MIXED, sampling(200), want_logprobs=True, support_k=4))
+        await asyncio.sleep(0.3)
+        loading = asyncio.ensure_future(bench.engine.load_weights(version, payload, "finish"))
+        await asyncio.sleep(0.3)
+        assert not loading.done()
+        loading.cancel()
+        await writing
+
+    bench.runner.run(abandoned())
+    check_written_by(students[1], version.version, bench.write(MIXED, sampling(20), k=4))
+
+
 @pytest.mark.parametrize("bench", [VllmConfig(tensor_parallel=2)], ids=["two processes"], indirect=True)
 def test_the_loss_of_one_process_is_the_loss_of_the_worker_and_leaves_nobody(bench: Bench) -> None:
     """The last test: nobody writes with this engine any more."""
