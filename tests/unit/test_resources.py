@@ -143,6 +143,7 @@ def test_the_plan_names_the_layout_and_what_it_asks_for(
         ((*GPUS, "rollout.vllm.tensor_parallel=2"), r"as many GPUs: resources\.rollout\.gpus = 2"),
         ((VLLM, "rollout.vllm.tensor_parallel=2", "weights.transport=device"), '"auto" with rollout.vllm'),
         ((*SHARED, "rollout.vllm.cache_gb=null"), r"rollout\.vllm\.cache_gb says how much"),
+        ((VLLM, "resources.rollout.gpus=0.5"), r"gpus = 0\.5 shares a GPU"),
     ],
 )
 def test_an_engine_that_cannot_have_what_it_wants_is_refused(tmp_path: Path, changes: tuple[str, ...], says: str):
