@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of a process with threads
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or processes that share a model want a NUMA node each
 }
-ALONE = VllmConfig()
+DEFAULTS = VllmConfig()
 COOLEST = 0.01  # below it, and above 0, vLLM samples at 0.01 instead and logits / temperature may overflow
 
 
@@ -124,7 +124,7 @@ def build_engine(
     threads: int,
     max_model_len: int,
     num_draws: int = 0,
-    vllm: VllmConfig = ALONE,
+    vllm: VllmConfig = DEFAULTS,
 ) -> RolloutEngine:
     """Load `model` as weights version `version`, held as `dtype`, into the engine of that name.
 

@@ -9,6 +9,7 @@ of what the GPU's products of that kind reach by its data sheet. Without a GPU i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -107,6 +108,7 @@ def main() -> None:
                 report[size][way] = measure(size, way, device)
             except torch.OutOfMemoryError as error:
                 report[size][way] = {"out_of_memory": str(error).split(".")[0]}
+            gc.collect()  # a model refers to itself
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)

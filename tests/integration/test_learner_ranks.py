@@ -79,7 +79,7 @@ RUNS = {
     "one text": Run({"method": "opd_sampled"}, batch=one_text),
     "one text, live teacher": Run({"method": "opsd", "teacher": {**SELF_TEACHER, "weights": "live"}}, batch=one_text),
     "adapter": Run({"method": "opd_sampled", "student": {"lora": LORA}}),
-    "recomputed": Run({"method": "opd_sampled"}, recompute=True),
+    "recomputed": Run({"method": "opsd", "teacher": SELF_TEACHER}, recompute=True),
     "bfloat16": Run({"method": "opd_sampled", "student": {"dtype": "bfloat16"}}, metrics=1e-2, weights=2**-8),
     "adapter on bfloat16": Run({"method": "opd_sampled", "student": {"lora": LORA, "dtype": "bfloat16"}}),
     "adapter, average": Run(
