@@ -255,7 +255,7 @@ def _unfit_resources(config: RunConfig) -> Iterator[str]:
     elif together > 1 and gpus not in {0, together}:
         yield f"rollout.vllm.tensor_parallel = {together} wants as many GPUs: resources.rollout.gpus = {together}"
     elif 0 < gpus < 1 and config.rollout.vllm.cache_gb is None:
-        yield f"resources.rollout.gpus = {gpus:g} shares a GPU: rollout.vllm.cache_gb says how much of it is for a cache"
+        yield f"resources.rollout.gpus = {gpus:g} shares a GPU: rollout.vllm.cache_gb says how much of it a cache has"
     if together > 1 and config.weights.transport == "device":
         yield 'weights.transport = "device" reaches one process of a worker: "auto" with rollout.vllm.tensor_parallel'
 
