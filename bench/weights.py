@@ -92,6 +92,9 @@ class Rebound:
         self._kept: dict[str, Any] = {}
         self._weights: dict[str, torch.Tensor] = {}
 
+    def ready(self) -> None:
+        """Answers once it is built."""
+
     def load(self, version: WeightsVersion) -> dict[str, float]:
         began = time.perf_counter()
         received = unpack(version, version.payload.open(self._kept))
@@ -109,6 +112,9 @@ class Writing:
         self._engine = build_engine(
             engine, model=Path(folder), dtype="float32", stop_token_id=0, version=0, threads=1, max_model_len=1024
         )
+
+    async def ready(self) -> None:
+        """Answers once it is built."""
 
     async def load(self, version: WeightsVersion) -> dict[str, float]:
         prompt = np.arange(1, 33, dtype=np.int32)
@@ -205,6 +211,7 @@ def one_size(size: int) -> dict[str, Any]:
             for who, (engine, activation) in ENGINES.items():
                 Qwen3ForCausalLM(config_of(size, activation=activation)).save_pretrained(f"{folder}/{who}")
                 workers[who] = ray.remote(Writing).options(num_cpus=0).remote(f"{folder}/{who}", engine)
+        ray.get([worker.ready.remote() for worker in workers.values()])  # building an engine takes every core
         report = measure(tensors, workers, Path(folder))
     for worker in workers.values():
         ray.kill(worker)

@@ -122,7 +122,8 @@ def unpack(version: WeightsVersion, payload: Bytes) -> dict[str, Array]:
     if payload.size != end:
         raise WeightsError(f"weights version {version.version}: payload has {payload.size} bytes, its table says {end}")
     check_seal(version)
-    found = tuple(xxhash.xxh3_64_intdigest(payload[part].data) for part in buckets(payload.size))
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = tuple(pool.map(lambda part: xxhash.xxh3_64_intdigest(payload[part].data), buckets(payload.size)))
     if found != version.checksums:
         damaged = [
             number for number, pair in enumerate(zip(found, version.checksums, strict=False)) if len(set(pair)) > 1

@@ -5,11 +5,12 @@
        ▲                   step ──► finished outputs
        └────────── futures ◄──────────────┘
 
-Requests join at any time. Weights are swapped between two steps. Requests in flight go on: their keys and values are
-computed anew by the new weights, and every token keeps the version that wrote it. Or they end first, while new ones are
-held back, or they are aborted. Weights that stop on their way from the learner's device leave half of a version: then
-no step is made, whatever is asked, until a version has come whole. A dead engine is not revived: all that waits for it
-gets WorkerLost. No sampling parameter is left to the model's generation_config.json.
+Requests join at any time. Weights are swapped between two steps, packed beside them where that can be. Requests in
+flight go on: their keys and values are computed anew by the new weights, and every token keeps the version that wrote
+it. Or they end first, while new ones are held back, or they are aborted. Weights that stop on their way from the
+learner's device leave half of a version: then no step is made, whatever is asked, until a version has come whole. A
+dead engine is not revived: all that waits for it gets WorkerLost. No sampling parameter is left to the model's
+generation_config.json.
 Several engines of one process take turns; close them together, because vLLM's own shutdown is the process's.
 """
 
@@ -21,7 +22,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -44,11 +45,12 @@ from potstill.transports.device import Stream
 from potstill.types import FinishReason, WeightsVersion
 from potstill.weights import Bytes, check_newer
 from rollout_worker import vllm_loading, vllm_process
-from rollout_worker.arriving import Weights
+from rollout_worker.arriving import Here, Weights
 from rollout_worker.engine import Completion, GenerationRequest, check_requests, num_new
 from rollout_worker.incoming import Incoming
 from rollout_worker.lending import lent
 from rollout_worker.sampling import vllm_arguments
+from rollout_worker.vllm_packing import Packed, can_pack, pack
 
 CPU_CACHE_GB = 0.5  # of keys and values, where vLLM otherwise takes a large part of the machine's memory
 BATCHED_TOKENS = 8192  # of one step; raised where one whole text needs more, because none is prefilled in parts
@@ -88,14 +90,16 @@ class VllmEngine:
         self._gate = threading.Lock()  # nothing enters the inbox once `_stopped` says why
         self._stopped: str | None = None
         self._swapping = asyncio.Lock()
-        self._draining: Callable[[], None] | None = None  # the swap that waits for those in flight to end
-        self._held: dict[str, Callable[[], None]] = {}  # requests that wait for that swap, by name
+        self._draining: partial[None] | None = None  # the swap that waits for those in flight to end
+        self._held: dict[str, partial[None]] = {}  # requests that wait for that swap, by name
         self._torn = 0  # versions in a row of which only a part is loaded
+        self._beside = ThreadPoolExecutor(1, "weights", initializer=torch.set_num_threads, initargs=(1,))
         started: Future[LLMEngine] = Future()
         self._thread = threading.Thread(target=self._run, args=(started, model, threads), name="vllm", daemon=True)
         self._thread.start()
         self._engine = started.result()
         self._vocab_size = self._engine.model_config.get_vocab_size()
+        self._packs = _packs(self._engine, settings)
 
     @property
     def version(self) -> int:
@@ -118,8 +122,9 @@ class VllmEngine:
     ) -> float:
         async with self._swapping:
             check_newer(self._version, version.version)
+            self._refuse_stopped()
             lending = ExitStack()
-            weights = await asyncio.to_thread(self._handed, lending, version, payload)
+            weights = await asyncio.wrap_future(self._beside.submit(self._handed, lending, version, payload))
             swapped: Future[float] = Future()
             swapped.set_running_or_notify_cancel()  # only the stepping thread ends it
             swapped.add_done_callback(lambda _: lending.close())  # it swaps, though whoever asked may have gone
@@ -130,12 +135,18 @@ class VllmEngine:
     async def close(self) -> None:
         if self._stopped is None:
             await self._between_steps(lambda: self._stop("the engine is closed"))
+        await asyncio.to_thread(self._beside.shutdown)
         await asyncio.to_thread(self._thread.join)
 
-    def _handed(self, lending: ExitStack, version: WeightsVersion, payload: Bytes | Stream) -> Weights:
-        """Checked, and where vLLM's processes can read them."""
+    def _handed(self, lending: ExitStack, version: WeightsVersion, payload: Bytes | Stream) -> Weights | Packed:
+        """Checked, and packed or where vLLM's processes can read them."""
         weights = self._incoming.weights(version, payload)
-        return weights if self._settings.tensor_parallel == 1 else lending.enter_context(lent(weights))
+        if self._settings.tensor_parallel > 1:
+            return lending.enter_context(lent(weights))
+        if self._packs and isinstance(weights, Here) and not self._torn:  # of a half version no layer is fit to copy
+            (packed,) = self._engine.collective_rpc(lambda worker: pack(worker.get_model(), weights))
+            return packed
+        return weights
 
     async def _write(
         self, request: GenerationRequest, sampling: SamplingConfig, want_logprobs: bool, support_k: int
@@ -164,10 +175,13 @@ class VllmEngine:
         """Run `work` on the stepping thread, which alone touches the engine, and wait until it has run."""
         done: Future[None] = Future()
         with self._gate:
-            if self._stopped is not None:
-                raise WorkerLost(self._stopped)
+            self._refuse_stopped()
             self._inbox.put((work, done))
         await asyncio.wrap_future(done)
+
+    def _refuse_stopped(self) -> None:
+        if self._stopped is not None:
+            raise WorkerLost(self._stopped)
 
     # Everything below runs on the stepping thread.
 
@@ -233,7 +247,7 @@ class VllmEngine:
         if output.finished:
             self._waiting.pop(output.request_id).set_result(output.outputs[0])
 
-    def _drain(self, swap: Callable[[], None]) -> None:
+    def _drain(self, swap: partial[None]) -> None:
         """Swap when nothing is in flight, and begin nothing until then."""
         if self._torn:  # what waits has not begun
             swap()
@@ -248,7 +262,7 @@ class VllmEngine:
         for add in held.values():
             add()
 
-    def _swap(self, version: int, weights: Weights, in_flight: InFlight, swapped: Future[float]) -> None:
+    def _swap(self, version: int, weights: Weights | Packed, in_flight: InFlight, swapped: Future[float]) -> None:
         began = time.perf_counter()
         try:
             weights.begin()
@@ -273,11 +287,14 @@ class VllmEngine:
         self._version, self._torn = version, 0
         swapped.set_result(time.perf_counter() - began)
 
-    def _load(self, weights: Weights) -> None:
-        self._engine.collective_rpc("start_weight_update")
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
-        self._engine.collective_rpc("finish_weight_update")
-        weights.end()
+    def _load(self, weights: Weights | Packed) -> None:
+        if isinstance(weights, Packed):
+            weights.take()
+        else:
+            self._engine.collective_rpc("start_weight_update")
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
+            self._engine.collective_rpc("finish_weight_update")
+            weights.end()
         # Cached keys and values are the old weights': what is in flight is read again from its first token.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM kept keys and values of the old weights")
@@ -304,8 +321,9 @@ class VllmEngine:
         for finished in self._waiting.values():
             finished.set_exception(WorkerLost(reason))
         self._waiting.clear()
-        for add in self._held.values():
-            add.args[-1].set_exception(WorkerLost(reason))
+        for held in [*self._held.values(), *([self._draining] if self._draining else [])]:
+            held.args[-1].set_exception(WorkerLost(reason))
+        self._held, self._draining = {}, None
         while not self._inbox.empty():
             _, done = self._inbox.get()
             if done.set_running_or_notify_cancel():
@@ -341,6 +359,14 @@ def _start(model: Path, dtype: str, max_model_len: int, num_draws: int, settings
     )
     engine.collective_rpc("report_draws", args=(num_draws,))
     return engine
+
+
+def _packs(engine: LLMEngine, settings: VllmConfig) -> bool:
+    """Whether versions are packed beside the writing: see vllm_packing.py."""
+    if not current_platform.is_cpu() or settings.compiled or settings.tensor_parallel > 1:
+        return False
+    (known,) = engine.collective_rpc(lambda worker: can_pack(worker.get_model()))
+    return bool(known)
 
 
 def _completion(output: CompletionOutput, has_logprobs: bool, num_draws: int, support_k: int) -> Completion:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from safetensors.torch import load_file
 
 from potstill.config import SamplingConfig
 from potstill.config_weights import InFlight
-from potstill.errors import ConfigError, StaleWeights, WeightsError, WorkerLost
+from potstill.errors import ConfigError, NonFinite, StaleWeights, WeightsError, WorkerLost
 from potstill.types import FinishReason
 from potstill.weights import pack
 from rollout_worker.arriving import Here
@@ -392,6 +395,53 @@ def test_bfloat16_weights_travel_as_bits_and_are_loaded_exactly(students: tuple[
     assert_equal(*asyncio.run(write()))
 
 
+@pytest.mark.parametrize("bench", ["vllm"], indirect=True)
+def test_vllm_writes_while_a_version_is_packed_and_keeps_one_of_them(
+    bench: Bench, students: tuple[Student, Student]
+) -> None:
+    from rollout_worker.vllm_packing import pack as packed_by_vllm
+
+    bench.load(students[0])
+    before = bench.write(MIXED, sampling(9), k=2)
+    (model,) = bench.engine._engine.collective_rpc(lambda worker: worker.get_model())
+    old = [weakref.ref(parameter) for parameter in model.parameters()]
+    weights = load_file(students[1].folder / "model.safetensors")
+    written = threading.Event()
+
+    def coming() -> Iterator[tuple[str, torch.Tensor]]:
+        first, *others = weights.items()
+        yield first
+        assert written.wait(60)
+        yield from others
+
+    with ThreadPoolExecutor(1) as beside:
+        packing = beside.submit(packed_by_vllm, model, coming())
+        assert_equal(before, bench.write(MIXED, sampling(9), k=2))
+        written.set()
+        version = packing.result()
+    assert_equal(before, bench.write(MIXED, sampling(9), k=2))  # packed, and not taken
+    version.take()
+    assert bench.engine._engine.reset_prefix_cache()
+    gc.collect()
+    assert [parameter for parameter in old if parameter() is not None] == []
+    with pytest.raises(NonFinite, match=r"no finite weights into model\.norm\.weight$"):
+        packed_by_vllm(model, ((name, one) for name, one in weights.items() if name != "model.norm.weight"))
+    taken = bench.write(MIXED, sampling(9), k=2)
+    bench.load(students[1])
+    assert_equal(taken, bench.write(MIXED, sampling(9), k=2))
+
+
+def test_layers_that_vllm_packs_in_ways_not_seen_are_loaded_in_place() -> None:
+    from rollout_worker.vllm_packing import can_pack
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    assert can_pack(model)
+    model[1].quant_method = object()  # holds no weights
+    assert can_pack(model)
+    model[0].quant_method = object()
+    assert not can_pack(model)
+
+
 def test_when_an_engine_ends_everybody_who_waits_is_told_and_half_a_version_ends_it(
     bench: Bench, students: tuple[Student, Student]
 ) -> None:
@@ -410,7 +460,8 @@ def test_when_an_engine_ends_everybody_who_waits_is_told_and_half_a_version_ends
             asyncio.create_task(bench.engine.generate([request], sampling(200), want_logprobs=True, support_k=0))
             for request in MIXED
         ]
-        await asyncio.sleep(0.02)
+        waiting = asyncio.create_task(bench.engine.load_weights(*students[1].payload(version), "finish"))
+        await asyncio.sleep(0.1)
         if bench.name == "vllm":
             with pytest.raises(WorkerLost, match="MemoryError"):
                 await bench.engine._between_steps(
@@ -420,9 +471,11 @@ def test_when_an_engine_ends_everybody_who_waits_is_told_and_half_a_version_ends
                 await bench.engine.generate(MIXED, sampling(5), want_logprobs=True, support_k=0)
         else:
             await bench.engine.close()
-        return await asyncio.gather(*writing, return_exceptions=True)
+        return await asyncio.gather(*writing, waiting, return_exceptions=True)
 
-    assert isinstance(bench.runner.run(end_midway())[-1], WorkerLost)
+    *_, last, load = bench.runner.run(end_midway())
+    assert isinstance(last, WorkerLost)
+    assert isinstance(load, WorkerLost)
 
 
 def test_a_closed_engine_takes_no_more_work(bench: Bench, students: tuple[Student, Student]) -> None:
