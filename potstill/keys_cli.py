@@ -14,7 +14,7 @@ import typer
 
 from potstill.connection import KEY_ENV, KeyEnv, Url, connect
 from potstill.console import AsJson, one_line_errors, pairs, say, show, show_json, show_table
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
     from potstill.client.resources import Key
@@ -52,7 +52,7 @@ def create(
     """Make a key. It is shown once."""
     limits = _numbers(limit, "--limit")
     expires_in_s = None if expires is None else _seconds(expires)
-    with connect(url, key_env) as client, _Place(key_file) as place:
+    with connect(url, key_env) as client, Place(key_file) as place:
         made = client.create_key(
             owner=owner,
             label=label,
@@ -116,7 +116,7 @@ def rotate(
     key_env: KeyEnv = KEY_ENV,
 ) -> None:
     """Give a key another secret, shown once; the old one ends at once."""
-    with connect(url, key_env) as client, _Place(key_file) as place:
+    with connect(url, key_env) as client, Place(key_file) as place:
         place.put(client.rotate_key(key), as_json)
 
 
@@ -129,19 +129,23 @@ def revoke(key: KeyId, as_json: AsJson = False, url: Url = None, key_env: KeyEnv
     show_json(ended) if as_json else say(f"{key} of {ended['owner']} has ended")
 
 
-class _Place:
+class Place:
     """Where a new key goes. The file is made before the key is, so that no key is made that cannot be kept."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._kept = False
 
-    def __enter__(self) -> _Place:
+    def __enter__(self) -> Place:
         if self._path is not None:
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         return self
 
     def put(self, key: Key, as_json: bool) -> None:
+        if "key" not in key:
+            raise ServiceError(
+                f"key {key['id']} was made, and the answer that had it was lost: potstill keys rotate {key['id']}"
+            )
         secret = key["key"]
         if self._path is not None:
             self._path.write_text(secret + "\n")

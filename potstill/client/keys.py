@@ -7,6 +7,7 @@ from typing import Any
 
 from potstill.client.answers import as_object, path
 from potstill.client.resources import Audited, Key, Page
+from potstill.client.runs import idempotency
 from potstill.client.steps import Call
 
 
@@ -22,12 +23,13 @@ def create_key(
     scopes: Sequence[str] = ("runs:read", "runs:write"),
     limits: Mapping[str, float] | None = None,
     expires_in_s: float | None = None,
+    idempotency_key: str | None = None,
 ) -> Call[Key]:
-    """Make a key. Its `key` is in this answer and nowhere else: an answer that is lost is a key that nobody has."""
+    """Make a key. Its `key` is in the first answer alone; an answer without it: the first was lost (`rotate_key`)."""
     body: dict[str, Any] = {"owner": owner, "label": label, "scopes": list(scopes), "limits": dict(limits or {})}
     if expires_in_s is not None:
         body["expires_in_s"] = expires_in_s
-    return Call(method="POST", path="/v1/keys", body=body, reads=as_object, repeatable=False)
+    return Call(method="POST", path="/v1/keys", body=body, headers=idempotency(idempotency_key), reads=as_object)
 
 
 def list_keys() -> Call[Page[Key]]:

@@ -339,6 +339,19 @@ def test_a_run_is_deleted_at_its_end_with_or_without_what_it_left(service: Servi
 # Keys
 
 
+def test_a_key_that_is_asked_for_twice_is_one_key_whose_secret_was_shown_once(service: Service):
+    asked = {"json": {"owner": "grace"}, "headers": {"Idempotency-Key": "grace-1"}}
+    made, again = service.http.post("/v1/keys", **asked), service.http.post("/v1/keys", **asked)
+    assert (made.status_code, again.status_code, again.headers["idempotent-replayed"]) == (201, 200, "true")
+    assert again.json() == {name: value for name, value in made.json().items() if name != "key"}
+    assert made.headers["location"] == f"/v1/keys/{made.json()['id']}"
+    other = service.http.post("/v1/keys", json={"owner": "heidi"}, headers=asked["headers"])
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    records = [record["action"] for record in service.http.get("/v1/audit").json()["data"]]
+    assert records[:1] == ["key.create"]
+    assert [key["owner"] for key in service.http.get("/v1/keys").json()["data"]].count("grace") == 1
+
+
 def test_a_key_is_made_rotated_and_revoked_and_every_change_is_on_record(service: Service):
     http = service.http
     made = http.post("/v1/keys", json={"owner": "frank", "scopes": ["runs:read"], "expires_in_s": 3600})

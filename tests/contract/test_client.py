@@ -17,6 +17,8 @@ from potstill.client.runs import update_run
 from potstill.client.steps import Ask, Call, Reply
 from potstill.client.surface import Surface, Verb
 from potstill.client.teachers import update_teacher
+from potstill.errors import ServiceError
+from potstill.keys_cli import Place
 from tests.launchers import ProcessLauncher
 from tests.run_folders import FILES, make_checkpoint
 from tests.service_configs import submitted
@@ -161,6 +163,15 @@ def test_a_request_whose_answer_was_lost_is_known_when_it_comes_again(client: Cl
         client.create_run(submitted(name="other"), idempotency_key="mine")
     assert (raised.value.status, raised.value.code) == (422, "idempotency_key_reused")
     assert raised.value.request_id
+
+
+def test_a_key_whose_first_answer_was_lost_is_rotated(client: Client):
+    made = client.create_key(owner="ivan", idempotency_key="ivan-1")
+    again = client.create_key(owner="ivan", idempotency_key="ivan-1")
+    assert again == {name: value for name, value in made.items() if name != "key"}
+    with pytest.raises(ServiceError, match=f"potstill keys rotate {made['id']}$"):
+        Place(None).put(again, as_json=False)
+    assert client.rotate_key(made["id"])["key"] != made["key"]
 
 
 def test_a_run_is_watched_and_edited_while_it_goes_on(client: Client):

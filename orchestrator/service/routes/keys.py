@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.service.principals import Limits, Principal, Scope
-from orchestrator.service.routes.asking import Admin, Auditing, Stored, listed, principal
+from orchestrator.service.routes.asking import Admin, Auditing, IdempotencyKey, Stored, created, listed, once, principal
 from orchestrator.service.runs import rfc3339
 from orchestrator.service.store.keys import Key
 from potstill.errors import ServiceError
@@ -43,14 +43,28 @@ def who_am_i(who: Annotated[Principal, Depends(principal)], store: Stored) -> di
 
 
 @router.post("/keys", status_code=201, operation_id="create_key")
-def create_key(body: NewKey, who: Admin, store: Stored, audit: Auditing) -> JSONResponse:
-    """Make a key. The key itself is in this answer and nowhere else."""
+def create_key(
+    body: NewKey, who: Admin, store: Stored, audit: Auditing, idempotency_key: IdempotencyKey = None
+) -> JSONResponse:
+    """Make a key. The key itself is in this answer and nowhere else: a request that comes again is answered without.
+
+    Whoever lost the first answer rotates the key.
+    """
     expires_at = None if body.expires_in_s is None else time.time() + body.expires_in_s
     key, text = store.keys.create(
-        owner=body.owner, label=body.label, scopes=body.scopes, limits=body.limits, expires_at=expires_at
+        owner=body.owner,
+        label=body.label,
+        scopes=body.scopes,
+        limits=body.limits,
+        expires_at=expires_at,
+        once=once(who, idempotency_key, "/v1/keys", body.model_dump(mode="json")),
     )
-    audit(who, "key.create", key.id, owner=body.owner, scopes=[scope.value for scope in body.scopes])
-    return JSONResponse(_key_resource(key) | {"key": text}, status_code=201, headers={"Cache-Control": "no-store"})
+    if text is not None:
+        audit(who, "key.create", key.id, owner=body.owner, scopes=[scope.value for scope in body.scopes])
+    shown = {} if text is None else {"key": text}
+    answer = created(_key_resource(key) | shown, f"/v1/keys/{key.id}", replayed=text is None)
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
 
 
 @router.get("/keys", operation_id="list_keys")

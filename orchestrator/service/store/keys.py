@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from orchestrator.service.keys import HashedSecret, hashed, new_key, new_secret, split_key
 from orchestrator.service.principals import Limits, Principal, Scope
 from orchestrator.service.store.database import Database
+from orchestrator.service.store.idempotency import Once, made_before, remember
 from orchestrator.service.store.schema import KEYS, SESSIONS
 from potstill.errors import ServiceError
 
@@ -49,8 +50,12 @@ class Keys:
         scopes: Iterable[Scope],
         limits: Limits | None = None,
         expires_at: float | None = None,
-    ) -> tuple[Key, str]:
-        """Make a key and keep its hash. The second of the two is the key itself, which is nowhere else."""
+        once: Once | None = None,
+    ) -> tuple[Key, str | None]:
+        """Make a key and keep its hash. The second of the two is the key itself, which is nowhere else.
+
+        None for a request that made it before: what was shown once is not kept. Raises ServiceError (422).
+        """
         text, key_id, secret = new_key()
         kept = hashed(secret)
         row = {
@@ -65,7 +70,11 @@ class Keys:
             "expires_at": expires_at,
         }
         with self._database.writing() as db:
+            if once is not None and (earlier := made_before(db, once)) is not None:
+                return _key(_row(db, earlier)), None
             db.execute(KEYS.insert().values(row))
+            if once is not None:
+                remember(db, once, key_id)
             return _key(_row(db, key_id)), text
 
     def change(self, key_id: str, *, limits: Limits) -> Key:
