@@ -20,6 +20,7 @@ from potstill import bundles
 from potstill.config import RunConfig, ScratchConfig
 from potstill.fencing import Fence
 from potstill.journal import checkpoints
+from potstill.manifest import newest_good
 from potstill.process_log import log_of, write_to
 from potstill.spans import FOLDER, Spans
 from potstill.transports.route import Route
@@ -70,7 +71,7 @@ class Learner:
 
     def gather(self, fence: Fence, num_ranks: int) -> Gathering:
         """What rank 0 decides for all: where they meet, and the checkpoint that they go on from."""
-        checkpoint, damaged = self._checkpoint.newest_good(fence.folder / "checkpoints")
+        checkpoint, damaged = newest_good(fence.folder / "checkpoints")
         found = Gathering(checkpoint=checkpoint, damaged=tuple(damaged), host="", port=0)
         if num_ranks == 1:
             return found

@@ -18,9 +18,7 @@ Written beside its place, fsynced, then renamed. No pickle: optimizer state is t
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +35,10 @@ from learner.moments import load_moments, moments
 from learner.trainer import Trainer
 from learner.weighing import Weighing
 from potstill.durable import placed, take_away
-from potstill.errors import ConfigError, RunError
+from potstill.errors import RunError
 from potstill.fencing import Fence, newest_attempt
 from potstill.journal import KEPT, checkpoints, write_json
+from potstill.manifest import MANIFEST, digest, flaw_in, verify
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -118,7 +117,7 @@ def write(
     newer attempt of the run has begun, RunError when the disk is full or gives back other bytes than it was given.
     """
     if folder.exists():
-        if _flaw(folder) is None:
+        if flaw_in(folder) is None:
             return folder
         _set_aside(folder)
     with placed(folder, fence) as temporary:
@@ -133,8 +132,8 @@ def write(
         (temporary / "model" / "README.md").write_text(card)
         state = {"version": captured.version, "schedules": captured.schedules, "extra": dict(extra)}
         write_json(temporary / "trainer" / "state.json", state)
-        write_json(temporary / "manifest.json", {"step": captured.version, "files": digest(temporary)})
-    flaw = _flaw(folder)
+        write_json(temporary / MANIFEST, {"step": captured.version, "files": digest(temporary)})
+    flaw = flaw_in(folder)
     if flaw is not None:
         raise RunError(f"{flaw}, though it has just been written: the disk cannot be trusted; use another and resume")
     return folder
@@ -168,53 +167,10 @@ def restore(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return dict(state["extra"])
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. Raises ConfigError on the first that differs."""
-    try:
-        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
-    except (OSError, KeyError, TypeError, ValueError):
-        raise ConfigError(f"{folder} is not a checkpoint: it has no readable manifest.json") from None
-    for name, expected in files.items():
-        try:
-            found = _facts(folder / name)
-        except FileNotFoundError:
-            raise ConfigError(f"checkpoint {folder}: {name} is missing") from None
-        except OSError as error:
-            raise ConfigError(f"checkpoint {folder}: {name} cannot be read: {error.strerror}") from error
-        if found != expected:
-            raise ConfigError(f"checkpoint {folder}: {name} is damaged")
-
-
-def newest_good(parent: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is sound, and what is wrong with each that is newer; None when none is sound."""
-    damaged: list[str] = []
-    for folder in reversed(checkpoints(parent)):
-        flaw = _flaw(folder)
-        if flaw is None:
-            return folder, damaged
-        damaged.append(flaw)
-    return None, damaged
-
-
-def digest(folder: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file but the manifest, by its path in the folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {str(p.relative_to(folder)): _facts(p) for p in files}
-
-
 def prune(parent: Path, *, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and those another run begins with, and damaged ones set aside."""
     for old in [*checkpoints(parent)[:-keep], *parent.glob(f"step-*{_ASIDE}")]:
         take_away(old, unless=KEPT)
-
-
-def _flaw(folder: Path) -> str | None:
-    """Why a checkpoint cannot be restored from; None: it can."""
-    try:
-        verify(folder)
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def _set_aside(folder: Path) -> None:
@@ -281,11 +237,3 @@ def _load(name: Path) -> dict[str, Tensor]:
     """The tensors of a file, named without its suffix; there is none where there was nothing to keep."""
     path = name.with_suffix(".safetensors")
     return load_file(path) if path.exists() else {}
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """Of the file on the disk, not of the copy that the system may still have in memory."""
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the copy is read
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": os.fstat(file.fileno()).st_size}

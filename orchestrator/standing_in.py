@@ -11,19 +11,23 @@ from pathlib import Path
 
 from potstill.config import RunConfig
 from potstill.config_teachers import SelfTeacher
-from potstill.journal import KEPT, checkpoints
+from potstill.journal import KEPT
+from potstill.manifest import newest_good
 
 
 def with_a_student(config: RunConfig) -> RunConfig:
-    """The config as it is; where its student's folder is gone and nothing else will do, with the newest checkpoint's.
+    """The config as it is; where its student's folder is gone and nothing else will do, with the newest sound
+    checkpoint's.
 
     The run then begins with that checkpoint, which is marked: it is still there for a process that loads it late.
     """
-    own = checkpoints(Path(config.runs) / config.name / "checkpoints")
-    if not own or Path(config.student.model).exists() or _reads_the_beginning(config):
+    if Path(config.student.model).exists() or _reads_the_beginning(config):
         return config
-    (own[-1] / KEPT).touch()
-    student = config.student.model_copy(update={"model": str(own[-1] / "model")})
+    own, _ = newest_good(Path(config.runs) / config.name / "checkpoints")
+    if own is None:
+        return config
+    (own / KEPT).touch()
+    student = config.student.model_copy(update={"model": str(own / "model")})
     return config.model_copy(update={"student": student})
 
 

@@ -23,9 +23,9 @@ from orchestrator.service import confined
 from orchestrator.service.runs import rfc3339
 from orchestrator.service.store.checkpoints import Keeping
 from potstill.errors import ServiceError
+from potstill.manifest import MANIFEST
 
 NAME = re.compile(r"step-[0-9]{1,12}")
-MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
 MODEL = "model/"
 ADAPTER = "adapter/"

@@ -17,6 +17,7 @@ from learner import checkpoint
 from learner.packing import pack
 from learner.trainer import Trainer
 from orchestrator.run import last_checkpoint
+from potstill import manifest
 from potstill.errors import ConfigError, RunError
 from potstill.journal import KEPT
 from tests.checkpoints import RUNS, make_trainer, save, save_students, train
@@ -175,9 +176,9 @@ def test_one_flipped_bit_in_any_file_is_refused_by_name(saved: Path) -> None:
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         with pytest.raises(ConfigError, match=f"{path.relative_to(saved)} is damaged"):
-            checkpoint.verify(saved)
+            manifest.verify(saved)
         path.write_bytes(content)
-    checkpoint.verify(saved)
+    manifest.verify(saved)
 
 
 def test_any_missing_file_is_refused_by_name(saved: Path) -> None:
@@ -185,7 +186,7 @@ def test_any_missing_file_is_refused_by_name(saved: Path) -> None:
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(ConfigError, match=f"{path.relative_to(saved)} is missing"):
-            checkpoint.verify(saved)
+            manifest.verify(saved)
         path.write_bytes(content)
 
 
@@ -204,24 +205,24 @@ def test_a_damaged_checkpoint_restores_nothing(saved: Path, models: Path) -> Non
 def test_a_manifest_that_cannot_be_read_is_refused(saved: Path, content: bytes) -> None:
     (saved / "manifest.json").write_bytes(content)
     with pytest.raises(ConfigError, match="is not a checkpoint"):
-        checkpoint.verify(saved)
+        manifest.verify(saved)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a checkpoint"):
-        checkpoint.verify(tmp_path)
+        manifest.verify(tmp_path)
 
 
 def test_a_sound_checkpoint_is_never_overwritten(saved: Path, models: Path) -> None:
-    before = checkpoint.digest(saved)
+    before = manifest.digest(saved)
     assert save(make_trainer(models / "untied"), saved, models / "untied", cursor=99) == saved
-    assert checkpoint.digest(saved) == before
+    assert manifest.digest(saved) == before
 
 
 def test_a_damaged_one_is_set_aside_for_another_and_removed_with_the_old(saved: Path, models: Path) -> None:
     flip_a_bit(saved / "trainer" / "optimizer.safetensors")
     trainer = train(make_trainer(models / "untied", **RUNS["all weights"]), 1, 1)
-    checkpoint.verify(save(trainer, saved, models / "untied"))
+    manifest.verify(save(trainer, saved, models / "untied"))
     assert {path.name for path in saved.parent.iterdir()} == {"step-000001", "step-000001.damaged"}
     checkpoint.prune(saved.parent, keep=2)
     assert [path.name for path in saved.parent.iterdir()] == ["step-000001"]
@@ -233,7 +234,7 @@ def test_a_save_that_fails_midway_leaves_nothing_visible_and_can_be_repeated(mod
         save(trainer, folder, models / "untied", cursor=object())
     assert list(tmp_path.glob("step-*")) == []
     checkpoint.prune(tmp_path, keep=1)
-    checkpoint.verify(save(trainer, folder, models / "untied"))
+    manifest.verify(save(trainer, folder, models / "untied"))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000"]
 
 

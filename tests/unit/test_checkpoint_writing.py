@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from learner import checkpoint
+from potstill import manifest
 from potstill.config import CheckpointConfig
 from potstill.durable import sweep
 from potstill.errors import Fenced, RunError
@@ -54,9 +55,9 @@ def test_what_is_captured_no_later_step_touches(run: dict[str, Any], models: Pat
 def test_what_is_captured_is_written_the_same_however_late(models: Path, tmp_path: Path) -> None:
     trainer = train(make_trainer(models / "tied", **RUNS["adapter, ema"]), 1, 2)
     captured = checkpoint.capture(trainer)
-    at_once = checkpoint.digest(write(captured, tmp_path / "one", models / "tied"))
+    at_once = manifest.digest(write(captured, tmp_path / "one", models / "tied"))
     train(trainer, 3, 4)
-    assert checkpoint.digest(write(captured, tmp_path / "two", models / "tied")) == at_once
+    assert manifest.digest(write(captured, tmp_path / "two", models / "tied")) == at_once
 
 
 def test_random_numbers_continue_where_they_were(models: Path, tmp_path: Path) -> None:
@@ -91,9 +92,9 @@ def replace_by_folder(path: Path) -> None:
 def test_a_damaged_newest_one_is_named_and_the_one_before_it_taken(
     three: Path, damage: Callable[[Path], None], file: str
 ) -> None:
-    assert checkpoint.newest_good(three) == (three / "step-000010", [])
+    assert manifest.newest_good(three) == (three / "step-000010", [])
     damage(three / "step-000010" / file)
-    folder, damaged = checkpoint.newest_good(three)
+    folder, damaged = manifest.newest_good(three)
     assert folder == three / "step-000009"
     assert len(damaged) == 1
     assert "step-000010" in damaged[0]
@@ -104,13 +105,13 @@ def test_where_all_are_damaged_none_is_taken(three: Path) -> None:
         flip_a_bit(path)
     for path in three.glob("*/model/model.safetensors"):
         flip_a_bit(path)
-    folder, damaged = checkpoint.newest_good(three)
+    folder, damaged = manifest.newest_good(three)
     assert folder is None
     assert [reason.partition(":")[0][-2:] for reason in damaged] == ["10", "09", "08"]
 
 
 def test_where_there_is_none_none_is_taken(tmp_path: Path) -> None:
-    assert checkpoint.newest_good(tmp_path / "checkpoints") == (None, [])
+    assert manifest.newest_good(tmp_path / "checkpoints") == (None, [])
 
 
 def test_an_attempt_that_is_over_writes_none(models: Path, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_full_disk_is_one_error_that_costs_none_of_those_before(three: Path, m
             write(captured, three / "step-000011", models / "untied")
         assert str(caught.value).startswith(f"{three}: disk is full: free space and resume")
         assert set(three.iterdir()) == before
-    assert checkpoint.newest_good(three) == (three / "step-000010", [])
+    assert manifest.newest_good(three) == (three / "step-000010", [])
     assert write(captured, three / "step-000011", models / "untied") == three / "step-000011"
 
 
@@ -153,7 +154,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints_alone(models: Pa
     whole = checkpoints(parent)
     assert whole
     for folder in whole:
-        checkpoint.verify(folder)
+        manifest.verify(folder)
     sweep(parent)
     assert set(parent.iterdir()) == set(whole)
 

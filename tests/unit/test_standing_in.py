@@ -12,6 +12,7 @@ from orchestrator.standing_in import with_a_student
 from potstill.config import RunConfig
 from potstill.journal import KEPT
 from tests.checkpoints import RUNS
+from tests.disks import flip_a_bit
 from tests.run_folders import make_checkpoint
 from tests.trainers import make_config
 
@@ -46,6 +47,17 @@ def test_the_newest_checkpoint_stands_in_for_a_folder_that_is_gone(begun: Path, 
     assert found.student.model == str(newest / "model")
     assert found.model_copy(update={"student": asked.student}) == asked
     assert list(begun.rglob(KEPT)) == [newest / KEPT]
+
+
+def test_a_damaged_checkpoint_stands_in_for_nothing(begun: Path):
+    shutil.rmtree(begun / "start")
+    asked = config(begun, **RUNS["all weights"])
+    older, newest = sorted((begun / "runs" / "child" / "checkpoints").iterdir())
+    flip_a_bit(newest / "model" / "model.safetensors")
+    assert with_a_student(asked).student.model == str(older / "model")
+    flip_a_bit(older / "model" / "model.safetensors")
+    assert with_a_student(asked) == asked
+    assert list(begun.rglob(KEPT)) == [older / KEPT]
 
 
 @pytest.mark.parametrize(
