@@ -25,7 +25,7 @@ from typing import BinaryIO
 from orchestrator.service import parquet, prompt_files
 from orchestrator.service.principals import Principal
 from orchestrator.service.prompt_files import Purpose
-from orchestrator.service.store.files import File, Files, new_file_id
+from orchestrator.service.store.files import File, Files, Room, new_file_id
 from orchestrator.service.store.idempotency import Once
 from orchestrator.service.store.uses import is_file_id
 from potstill.errors import ServiceError
@@ -40,18 +40,21 @@ _FORGOTTEN_S = 86400.0  # an upload takes less
 class Incoming:
     """A file that arrives: in a temporary place, counted and hashed as it is written."""
 
-    def __init__(self, path: Path, file: BinaryIO, most: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, most: int, room: Room | None) -> None:
         self.path = path
         self._file = file
         self._most = most
+        self._room = room
         self._digest = hashlib.sha256()
         self.size = 0
 
     def write(self, piece: bytes) -> None:
-        """Raises ServiceError (413) before a byte too many is kept."""
+        """Raises ServiceError (413, 429) before a byte too many is kept."""
         self.size += len(piece)
         if self.size > self._most:
             raise too_large(self._most)
+        if self._room is not None:
+            self._room.require(self.size)
         self._digest.update(piece)
         self._file.write(piece)
 
@@ -86,13 +89,16 @@ class Uploads:
         self.silence_s = silence_s
 
     @contextmanager
-    def incoming(self) -> Iterator[Incoming]:
-        """A place for a file while it arrives; nothing of it is left after the block, unless it was kept."""
+    def incoming(self, room: Room | None) -> Iterator[Incoming]:
+        """A place for a file while it arrives; nothing of it is left after the block, unless it was kept.
+
+        Without `room` its key's is looked at when all of it is here: it may be a file that is kept already.
+        """
         path = self.folder / f"{_INCOMING}{uuid.uuid4().hex}"
         try:
             with path.open("xb") as file:
                 path.chmod(0o600)
-                yield Incoming(path, file, self.max_bytes)
+                yield Incoming(path, file, self.max_bytes, room)
         finally:
             path.unlink(missing_ok=True)
             _read_by_runs(path).unlink(missing_ok=True)

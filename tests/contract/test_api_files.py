@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,7 +15,10 @@ import pytest
 
 from orchestrator.service.principals import Scope
 from orchestrator.service.runs import State
+from orchestrator.service.store.files import Room
+from orchestrator.service.uploads import Uploads
 from potstill.config_file import parse
+from potstill.errors import ServiceError
 from tests.launchers import AwayLauncher
 from tests.service_configs import submitted
 from tests.services import Service, serving
@@ -139,6 +143,16 @@ def test_a_key_keeps_as_many_bytes_as_it_may(service: Service) -> None:
         assert all(service.store.files.exists(path.name.removesuffix(".jsonl")) for path in stored)
         assert eve.delete(f"/v1/files/{first['id']}").status_code == 200
         assert eve.post("/v1/files", content=content, params=query, headers=headers).status_code == 201
+
+
+def test_a_byte_too_many_for_its_key_is_refused_while_the_rest_still_comes(service: Service, tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path, service.store.files)
+    with uploads.incoming(Room(5, 10)) as incoming:
+        incoming.write(b"12345")
+        with pytest.raises(ServiceError, match="5 of 10 are used") as raised:
+            incoming.write(b"6")
+    assert raised.value.status == 429
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["file-..%2f..%2fpotstill.db", "..", "%2e%2e", "file-0", "file-%00", "a" * 3000])

@@ -72,9 +72,10 @@ async def upload_file(
     """
     uploads = state.catalog.uploads
     announced = _announced(request, uploads)
-    if idempotency_key is None:  # or it may be a file that is kept already
-        await asyncio.to_thread(state.store.files.require_room, who, announced)
-    with uploads.incoming() as incoming:
+    room = await asyncio.to_thread(state.store.files.room, who) if idempotency_key is None else None
+    if room is not None:
+        room.require(announced)
+    with uploads.incoming(room) as incoming:
         label = await _receive(request, incoming, filename, purpose, silence_s=uploads.silence_s)
         file, replayed = await asyncio.to_thread(_keep, uploads, incoming, label, who, idempotency_key)
     if not replayed:

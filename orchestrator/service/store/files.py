@@ -36,6 +36,20 @@ class File:
     created_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a key keeps, of what it may keep, in bytes."""
+
+    kept: int
+    most: float
+
+    def require(self, size: int) -> None:
+        """Raises ServiceError (429, quota_exceeded) when `size` bytes more are too many."""
+        if self.kept + size > self.most:
+            message = f"this key's limit of stored_bytes is reached: {self.kept} of {self.most} are used; delete files"
+            raise ServiceError(message, 429, "quota_exceeded")
+
+
 class Files:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -56,7 +70,7 @@ class Files:
                 if (made := made_before(db, once)) is not None:
                     return _file(_row(db, made, None)), True
                 db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == file.key_id).with_for_update())  # one at a time
-                _require_room(db, file.key_id, limits, file.bytes)
+                _room(db, file.key_id, limits).require(file.bytes)
                 db.execute(FILES.insert().values(asdict(file) | {"columns": list(file.columns)}))
                 remember(db, once, file.id)
         except IntegrityError:  # another connection was first with the same request
@@ -66,10 +80,10 @@ class Files:
             return earlier, True
         return file, False
 
-    def require_room(self, who: Principal, size: int) -> None:
-        """Raises ServiceError (429, quota_exceeded) when `size` bytes more are too many for this key."""
+    def room(self, who: Principal) -> Room:
+        """What is left for this key, as long as nothing else comes."""
         with self._database.reading() as db:
-            _require_room(db, who.key_id, who.limits, size)
+            return _room(db, who.key_id, who.limits)
 
     def get(self, file_id: str, viewer: Principal | None) -> File:
         """Raises ServiceError (404) when there is no such file for the viewer."""
@@ -98,13 +112,9 @@ def new_file_id(sha256: str) -> str:
     return f"file-{sha256[:12]}{time.time_ns():x}"
 
 
-def _require_room(db: sa.Connection, key_id: str, limits: Limits, size: int) -> None:
-    kept = db.execute(
-        sa.select(sa.func.coalesce(sa.func.sum(FILES.c.bytes), 0)).where(FILES.c.key_id == key_id)
-    ).scalar_one()
-    if kept + size > limits.stored_bytes:
-        message = f"this key's limit of stored_bytes is reached: {kept} of {limits.stored_bytes} are used; delete files"
-        raise ServiceError(message, 429, "quota_exceeded")
+def _room(db: sa.Connection, key_id: str, limits: Limits) -> Room:
+    kept = sa.select(sa.func.coalesce(sa.func.sum(FILES.c.bytes), 0)).where(FILES.c.key_id == key_id)
+    return Room(db.execute(kept).scalar_one(), limits.stored_bytes)
 
 
 def _row(db: sa.Connection, file_id: str, viewer: Principal | None, *, lock: bool = False) -> Any:
