@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from learner.publish import as_numpy
 from potstill.config_vllm import VllmConfig
 from potstill.errors import WeightsError, WorkerLost
+from potstill.weights import pack
 from rollout_worker.engine import Completion, build_engine
 from tests.benches import Bench, Student, requests, sampling
-from tests.tiny_models import save_tiny_model, tiny_tokenizer
+from tests.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
 # One test breaks the stepping thread of vLLM down; that it dies loudly is part of the promise.
 pytestmark = [
@@ -103,6 +108,40 @@ def test_a_version_is_loaded_though_whoever_asked_has_gone(bench: Bench, student
 
     bench.runner.run(abandoned())
     check_written_by(students[1], version.version, bench.write(MIXED, sampling(20), k=4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_biases_which_vllm_remembers_apart_are_each_versions_own(tmp_path: Path, dtype: str) -> None:
+    """Packed beside the writing; an untied head."""
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=VOCABULARY, attention_bias=True, mlp_bias=True)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        model.to(getattr(torch, dtype)).save_pretrained(tmp_path / name)
+    students = [Student(tmp_path / name) for name in "ab"]
+
+    async def written() -> list[list[Completion]]:
+        engine = build_engine(
+            "vllm", model=students[0].folder, dtype=dtype, stop_token_id=tiny_tokenizer().eos_token_id, version=0,
+            threads=1, max_model_len=512, num_draws=0,
+        )  # fmt: skip
+        found = []
+        for version in (1, 2, 3):
+            tensors = load_file(students[version % 2].folder / "model.safetensors")
+            bits = {name: as_numpy(tensor) for name, tensor in tensors.items()}
+            await engine.load_weights(*pack(bits, version))
+            found.append(await engine.generate(MIXED, sampling(20), want_logprobs=True, support_k=0))
+        await engine.close()
+        return found
+
+    for version, completions in enumerate(asyncio.run(written()), start=1):
+        for request, one in zip(MIXED, completions, strict=True):
+            expected = students[version % 2].logprobs(request.prompt_ids, one.token_ids, sampling(20))
+            atol = TOLERANCE if dtype == "float32" else 0.1
+            np.testing.assert_allclose(one.logprobs, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("bench", [VllmConfig(tensor_parallel=2)], ids=["two processes"], indirect=True)
