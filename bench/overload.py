@@ -34,6 +34,7 @@ from potstill.wire import Ask, ScoreItem, ScoreRequest
 
 KEY = "bench"
 CONNECTIONS = 512
+KEPT_S = 4.0  # that a connection lies unused before it is left: the servers close theirs after 5
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 400
 QUEUE_TOKENS = 4000  # 8 requests
 LIVEZ_EVERY_S = 0.05
@@ -59,7 +60,7 @@ class Caller:
     def __init__(self, url: str) -> None:
         self._host, port = url.removeprefix("http://").split(":")
         self._port = int(port)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []  # since when
         self._open = 0
 
     async def call(self, message: bytes) -> tuple[int, bytes] | None:
@@ -68,7 +69,7 @@ class Caller:
             return None
         self._open += 1
         try:
-            reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+            reader, writer = self._kept() or await asyncio.open_connection(self._host, self._port)
             writer.write(message)
             await writer.drain()
             headers = await reader.readuntil(b"\r\n\r\n")
@@ -77,14 +78,21 @@ class Caller:
             if b"connection: close" in headers.lower():
                 writer.close()
             else:
-                self._idle.append((reader, writer))
+                self._idle.append((time.monotonic(), reader, writer))
         finally:
             self._open -= 1
         return int(headers[9:12]), headers
 
     def close(self) -> None:
-        for _, writer in self._idle:
+        for _, _, writer in self._idle:
             writer.close()
+        self._idle.clear()
+
+    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The connection that was used last, unless its server may have closed it since."""
+        if self._idle and time.monotonic() - self._idle[-1][0] > KEPT_S:
+            self.close()
+        return self._idle.pop()[1:] if self._idle else None
 
 
 def main() -> None:

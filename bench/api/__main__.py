@@ -175,8 +175,10 @@ async def _asking(caller: Caller, key: str, seen: Seen) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks)
         caller.close()
+    for task in tasks:  # one that ended by itself asked nothing from then on
+        assert task.cancelled(), f"a client broke off: {task.exception()!r}"
 
 
 async def _drain(readers: list[tuple[str, Reader]], seen: Seen) -> None:
