@@ -21,10 +21,10 @@ _REPORT = re.compile(r"/v1/runs/([^/]+)/events")
 
 
 class Authentication:
-    """Over one store. Its methods ask the database: call them in a thread."""
+    """Over one store. Its methods ask the database: call them by way of briefly.py."""
 
     def __init__(self, store: Store, signer: Signer) -> None:
-        self._store = store
+        self.store = store
         self._signer = signer
 
     def of_request(self, method: str, path: str, headers: Headers) -> Principal | None:
@@ -35,20 +35,20 @@ class Authentication:
             return None
         session = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         if not path.startswith("/v1/") and path != "/v1":
-            return None if session is None else self._store.keys.session(session)
+            return None if session is None else self.store.keys.session(session)
         if "authorization" in headers or session is None:
-            found, code = self._store.keys.bearer(_bearer(headers)), "invalid_key"
+            found, code = self.store.keys.bearer(_bearer(headers)), "invalid_key"
         else:
             if method not in SAFE and "origin" not in headers:
                 raise ServiceError("a browser's session acts with an Origin only; scripts send a key", 403, "no_origin")
-            found, code = self._store.keys.session(session), "session_ended"
+            found, code = self.store.keys.session(session), "session_ended"
         if found is None:
             raise ServiceError("this key is not known, has expired or was revoked", 401, code)
         return found
 
     def _check_job(self, run_id: str, headers: Headers) -> None:
         """Only the present job of a run reports about it, by the token that it was launched with."""
-        job = self._store.runs.job(run_id)
+        job = self.store.runs.job(run_id)
         # Whether the run exists is not a stranger's to know: the token is compared all the same.
         if not self._signer.matches(job or "", _bearer(headers)) or job is None:
             raise ServiceError("this is not the token of the run's present job", 401, "invalid_token")

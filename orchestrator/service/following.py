@@ -25,7 +25,7 @@ from potstill.errors import ServiceError
 
 RETRY_MS = 3000  # after which a client whose stream broke comes again
 KEEPALIVE_S = 15.0  # without an event, after which followers hear a comment, so that they know that the line lives
-EVENTS_AT_A_TIME = 500
+EVENTS_AT_A_TIME = 200  # read in one go: some milliseconds, for which SQLite holds up the event loop
 BEHIND = 64  # batches that may wait for a follower
 
 Batch = tuple[int, bytes]  # the last event's number, and all of them as they are sent
@@ -63,7 +63,7 @@ class Following:
     async def stream(self, run_id: str, after: int, who: Principal) -> AsyncIterator[bytes]:
         """Events with seq > after as server-sent ones, to the run's end. The caller has seen that the run exists."""
         yield format_sse_event(retry=RETRY_MS)
-        last = await briefly(self._store.events.last, run_id)
+        last = await briefly(self._store, self._store.events.last, run_id)
         with self._counted(who), self._heard(run_id, last) as (tail, queue):
             reached = max(after, tail.seq)
             async for sent in self._replay(run_id, after, reached):
@@ -105,7 +105,7 @@ class Following:
         """What was handed out before this follower came."""
         while after < until:
             limit = min(EVENTS_AT_A_TIME, until - after)  # numbers have no gaps
-            events = await briefly(self._store.events.list, run_id, after=after, limit=limit)
+            events = await briefly(self._store, self._store.events.list, run_id, after=after, limit=limit)
             if not events:
                 return
             after = events[-1].seq
@@ -116,7 +116,7 @@ class Following:
         spoke = time.monotonic()
         with suppress(ServiceError):  # the run was deleted, or the database is away: its clients ask again
             while True:
-                count, sent, tail.ended = await briefly(self._next, run_id, tail.seq)
+                count, sent, tail.ended = await briefly(self._store, self._next, run_id, tail.seq)
                 if tail.ended is not None:
                     break
                 if not count and time.monotonic() > spoke + self._keepalive_s:

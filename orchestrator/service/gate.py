@@ -87,7 +87,8 @@ class Gate:
         """Raises ServiceError for what is turned away; returns what gives the body."""
         method, path = scope["method"], scope["path"]
         self._check_origin(method, path, headers)
-        who = await briefly(self._authentication.of_request, method, path, headers)
+        asked = self._authentication
+        who = await briefly(asked.store, asked.of_request, method, path, headers)
         scope["state"]["principal"] = who
         if _kinds(method, path, headers) != (JSON,):
             return receive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
@@ -9,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
 from orchestrator.service.briefly import briefly
+from orchestrator.service.following import EVENTS_AT_A_TIME
 from orchestrator.service.routes.asking import Reader, State, listed
 from orchestrator.service.runs import event_resource
 
@@ -36,7 +38,7 @@ async def list_events(
 ) -> Response:
     """Events with seq > after: a page, or, for `Accept: text/event-stream`, everything from there to the run's end."""
     if STREAM in request.headers.get("accept", ""):
-        await briefly(state.store.runs.require, run_id, who)
+        await briefly(state.store, state.store.runs.require, run_id, who)
         state.following.admit(who)
         start = after if last_event_id is None else last_event_id
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -47,4 +49,4 @@ async def list_events(
         events = state.store.events.list(run_id, after=after, limit=limit + 1, level=level, type=type)
         return JSONResponse(listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq"))
 
-    return await briefly(page)
+    return await (briefly(state.store, page) if limit <= EVENTS_AT_A_TIME else asyncio.to_thread(page))

@@ -98,13 +98,13 @@ async def list_runs(
         runs, more = state.store.runs.page(who, page, states=status or (), metadata=metadata, created_after=after)
         return JSONResponse(listed([run_resource(run) for run in runs], more))
 
-    return await briefly(answer)
+    return await briefly(state.store, answer)
 
 
 @router.get("/{run_id}", operation_id="get_run")
 async def get_run(run_id: str, who: Reader, state: State) -> JSONResponse:
     """One run. Its ETag is what PATCH asks for."""
-    return await briefly(lambda: _answer(state.store.runs.get(run_id, who)))
+    return await briefly(state.store, lambda: _answer(state.store.runs.get(run_id, who)))
 
 
 @router.patch("/{run_id}", operation_id="update_run")

@@ -82,6 +82,11 @@ class Database:
     def close(self) -> None:
         self.engine.dispose()
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it is asked within this process: a read waits for no server."""
+        return self.engine.dialect.name == "sqlite"
+
     @contextmanager
     def reading(self, *, much: bool = False) -> Iterator[sa.Connection]:
         """Each statement sees what is there when it runs. `much`: it may take long, and others go past it meanwhile."""
