@@ -272,6 +272,18 @@ def test_a_server_that_has_ended_the_connections_is_asked_over_new_ones(server: 
     store.close()
 
 
+def test_the_record_of_a_run_is_stored_with_it_or_not_at_all(store: Store):
+    def admission(db: sa.Connection) -> None:
+        store.audit.record(ALICE, "run.create", "one", request_id="r", within=db)
+
+    new = NewRun(id="one", submitted={}, config={}, owner=ALICE.owner)
+    request = Once(key_id=ALICE.key_id, key=None, route="/v1/runs", body_digest="b")
+    store.runs.create(new, request, admission)
+    with pytest.raises(ServiceError, match="a run named one exists"):
+        store.runs.create(new, request, admission)
+    assert [record["object"] for record in store.audit.list(limit=10, before=None)] == ["one"]
+
+
 def test_what_belongs_to_another_owner_does_not_exist(store: Store):
     create(store, who=BOB)
     assert store.runs.page(ALICE, Page())[0] == []

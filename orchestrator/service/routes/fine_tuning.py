@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -45,9 +46,7 @@ def create_job(
     with said_of_the_job():
         submission = submissions.read(meant, who, state.catalog)
     request = once(who, idempotency_key, PREFIX, body.model_dump(mode="json"))
-    made, replayed = runs.store_run(state, who, submission, request)
-    if not replayed:
-        audit(who, "run.create", made.id)
+    made, replayed = runs.store_run(state, who, submission, request, partial(audit, who, "run.create"))
     headers = {"Idempotent-Replayed": "true"} if replayed else {}
     return JSONResponse(job_resource(made, None), headers=headers)
 

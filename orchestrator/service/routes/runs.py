@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -75,9 +77,8 @@ def create_run(
     submission = submissions.read(body, who, state.catalog)
     if dry_run:
         return JSONResponse(_plan_resource(submission))
-    made, replayed = store_run(state, who, submission, once(who, idempotency_key, "/v1/runs", body))
-    if not replayed:
-        audit(who, "run.create", made.id)
+    request = once(who, idempotency_key, "/v1/runs", body)
+    made, replayed = store_run(state, who, submission, request, partial(audit, who, "run.create"))
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
 
 
@@ -210,16 +211,21 @@ def fork_run(
     submission = submissions.read(submissions.fork_of(parent.submitted, body, model), who, state.catalog)
     request = once(who, idempotency_key, f"/v1/runs/{run_id}/fork", body.model_dump(mode="json"))
     origin = {"forked_from": run_id, "forked_checkpoint": body.from_checkpoint}
-    made, replayed = store_run(state, who, submission, request, **origin)
-    if not replayed:
-        audit(who, "run.fork", made.id, parent=run_id)
+    made, replayed = store_run(
+        state, who, submission, request, partial(audit, who, "run.fork", parent=run_id), **origin
+    )
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
 
 
 def store_run(
-    state: ServiceState, who: Principal, submission: submissions.Submission, request: Any, **origin: str | None
+    state: ServiceState,
+    who: Principal,
+    submission: submissions.Submission,
+    request: Any,
+    audit: Callable[..., None],
+    **origin: str | None,
 ) -> tuple[Run, bool]:
-    """Store it, within its key's limits, and have the supervisor look."""
+    """Store it and its record in one transaction, within its key's limits, and have the supervisor look."""
     new = submission.new_run(who, **origin)
     state.supervisor.check_free(new.id)
     keep_used(state.runs, new.config)
@@ -227,6 +233,7 @@ def store_run(
 
     def admission(db: Any) -> None:
         admit(runs.usage(who.key_id, db), who.limits)
+        audit(new.id, within=db)
 
     made, replayed = runs.create(new, request, admission)
     state.supervisor.nudge()

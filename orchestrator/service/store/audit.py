@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,10 +17,22 @@ class Audit:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def record(self, who: Principal, action: str, object: str, *, request_id: str, **detail: Any) -> None:
-        """`action` is dotted and stable, e.g. "run.cancel"; `object` an id. No secret may be in `detail`."""
+    def record(
+        self,
+        who: Principal,
+        action: str,
+        object: str,
+        *,
+        request_id: str,
+        within: sa.Connection | None = None,
+        **detail: Any,
+    ) -> None:
+        """`action` is dotted and stable, e.g. "run.cancel"; `object` an id. No secret may be in `detail`.
+
+        `within`: the transaction that makes the change, with which the record is on disk or is not.
+        """
         row = {"time": time.time(), "key_id": who.key_id, "owner": who.owner, "action": action, "object": object}
-        with self._database.writing() as db:
+        with self._database.writing() if within is None else nullcontext(within) as db:
             db.execute(AUDIT.insert(), row | {"request_id": request_id, "detail": detail})
 
     def list(self, *, limit: int, before: int | None) -> list[dict[str, Any]]:
