@@ -21,11 +21,11 @@ from orchestrator.service.briefly import briefly
 from orchestrator.service.principals import Principal
 from orchestrator.service.runs import Event, State, event_resource
 from orchestrator.service.store import Store
+from orchestrator.service.store.events import FEW
 from potstill.errors import ServiceError
 
 RETRY_MS = 3000  # after which a client whose stream broke comes again
 KEEPALIVE_S = 15.0  # without an event, after which followers hear a comment, so that they know that the line lives
-EVENTS_AT_A_TIME = 200  # read in one go: some milliseconds, for which SQLite holds up the event loop
 BEHIND = 64  # batches that may wait for a follower
 
 Batch = tuple[int, bytes]  # the last event's number, and all of them as they are sent
@@ -104,7 +104,7 @@ class Following:
     async def _replay(self, run_id: str, after: int, until: int) -> AsyncIterator[bytes]:
         """What was handed out before this follower came."""
         while after < until:
-            limit = min(EVENTS_AT_A_TIME, until - after)  # numbers have no gaps
+            limit = min(FEW, until - after)  # numbers have no gaps
             events = await briefly(self._store, self._store.events.list, run_id, after=after, limit=limit)
             if not events:
                 return
@@ -125,7 +125,7 @@ class Following:
                     tail.seq += count  # numbers have no gaps
                     self._hand_out(tail, (tail.seq, sent))
                     spoke = time.monotonic()
-                await asyncio.sleep(0 if count == EVENTS_AT_A_TIME else self._poll_s)
+                await asyncio.sleep(0 if count == FEW else self._poll_s)
         del self._tails[run_id]
         self._hand_out(tail, None)
 
@@ -134,10 +134,10 @@ class Following:
 
         A run that tells something is not asked for its state. Events of a final one are read after that was seen.
         """
-        events = self._store.events.list(run_id, after=after, limit=EVENTS_AT_A_TIME)
+        events = self._store.events.list(run_id, after=after, limit=FEW)
         ended = None
         if not events and (state := self._store.runs.state(run_id)).final:
-            events = self._store.events.list(run_id, after=after, limit=EVENTS_AT_A_TIME)
+            events = self._store.events.list(run_id, after=after, limit=FEW)
             ended = None if events else state
         return len(events), _sent(events), ended
 

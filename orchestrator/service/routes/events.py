@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
 from orchestrator.service.briefly import briefly
-from orchestrator.service.following import EVENTS_AT_A_TIME
 from orchestrator.service.routes.asking import Reader, State, listed
 from orchestrator.service.runs import event_resource
+from orchestrator.service.store.events import is_much
 
 router = APIRouter(prefix="/v1/runs", tags=["events"])
 
@@ -44,9 +44,11 @@ async def list_events(
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return EventSourceResponse(state.following.stream(run_id, start, who), headers=headers)
 
+    most = limit + 1  # whether there are more
+
     def page() -> JSONResponse:
         state.store.runs.require(run_id, who)
-        events = state.store.events.list(run_id, after=after, limit=limit + 1, level=level, type=type)
+        events = state.store.events.list(run_id, after=after, limit=most, level=level, type=type)
         return JSONResponse(listed([event_resource(event) for event in events[:limit]], len(events) > limit, "seq"))
 
-    return await (briefly(state.store, page) if limit <= EVENTS_AT_A_TIME else asyncio.to_thread(page))
+    return await (asyncio.to_thread(page) if is_much(most, level, type) else briefly(state.store, page))

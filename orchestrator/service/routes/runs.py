@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -99,7 +100,8 @@ async def list_runs(
         runs, more = state.store.runs.page(who, page, states=status or (), metadata=metadata, created_after=after)
         return JSONResponse(listed([run_resource(run) for run in runs], more))
 
-    return await briefly(state.store, answer)
+    looks_for = bool(status or metadata or after is not None)
+    return await (asyncio.to_thread(answer) if looks_for else briefly(state.store, answer))
 
 
 @router.get("/{run_id}", operation_id="get_run")

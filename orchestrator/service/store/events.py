@@ -17,6 +17,7 @@ from orchestrator.service.store.database import Database, append
 from orchestrator.service.store.schema import EVENTS
 
 STREAMS = ("events", "metrics")  # a run's own logs
+FEW = 200  # events: read in some milliseconds
 
 
 def _newest(column: sa.ColumnElement[Any], *where: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
@@ -55,7 +56,7 @@ class Events:
             query = query.where(EVENTS.c.level == level)
         if type is not None:
             query = query.where(EVENTS.c.type == type)
-        with self._database.reading() as db:
+        with self._database.reading(much=is_much(limit, level, type)) as db:
             return [_event(row) for row in db.execute(query, {"of": run_id, "after": after, "most": limit})]
 
     def told(self, run_id: str, *, before: int | None = None, limit: int) -> Sequence[Event]:
@@ -104,6 +105,11 @@ class Events:
         with self._database.reading() as db:
             newest = db.execute(_NEWEST, {"of": run_id}).one()
         return {stream: int(getattr(newest, stream)) for stream in STREAMS}
+
+
+def is_much(limit: int, level: str | None = None, type: str | None = None) -> bool:
+    """Whether events may take long to read: many of them, or those that have to be looked for among all others."""
+    return limit > FEW or level is not None or type is not None
 
 
 def note(db: sa.Connection, run_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:

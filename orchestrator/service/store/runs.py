@@ -158,7 +158,10 @@ class Runs:
         created_after: float | None = None,
         named: str = "",
     ) -> tuple[list[Run], bool]:
-        """A page of runs in the order of their creation, and whether there are more. `named`: a part of their ids."""
+        """A page of runs in the order of their creation, and whether there are more. `named`: a part of their ids.
+
+        What is looked for among all runs may take long to find.
+        """
         where = [visible(RUNS, viewer)]
         if states:
             where.append(RUNS.c.status.in_([state.value for state in states]))
@@ -167,7 +170,7 @@ class Runs:
         if named:
             where.append(RUNS.c.id.contains(named, autoescape=True))
         where += [self._carries(name, value) for name, value in (metadata or {}).items()]
-        with self._database.reading() as db:
+        with self._database.reading(much=len(where) > 1) as db:
             rows, more = page_of(db, RUNS, wanted, *where)
         return [run_of(row) for row in rows], more
 
