@@ -47,6 +47,11 @@ class Slurm:
     def cancel(self, number: str) -> None:
         self._said("scancel", number)
 
+    def empty(self) -> None:
+        """Cancel whatever is there, and wait until it is gone: its processes would outlive the cluster."""
+        self._said("scancel", "--user", getpass.getuser())
+        until(lambda: self._said("squeue", "--noheader") == "", 90.0)
+
     def _said(self, *command: str) -> str:
         environment = {**os.environ, "SLURM_CONF": str(self.config)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
@@ -69,6 +74,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             stack.enter_context(_started(command, folder))
         cluster = Slurm(config=folder / "slurm.conf")
         until(lambda: cluster._said("sinfo", "--noheader", "--format=%D %T") == f"{len(NODES)} idle", 60.0)
+        stack.callback(cluster.empty)
         yield cluster
 
 
