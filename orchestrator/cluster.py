@@ -17,6 +17,7 @@ from orchestrator.placement import Node, Placement, same_host, shortage
 from potstill.config_resources import Needs
 from potstill.errors import CapacityError, ConfigError
 
+NO_SPARES = {"prestart_worker_first_driver": False}  # of a local Ray: one idle process a core, which no actor takes
 OBJECT_STORE_BYTES = 512 << 20  # of a local Ray: weights in flight and scored rollouts of a laptop's run
 POLL_S = 0.5
 
@@ -29,7 +30,12 @@ def connect(environment: Mapping[str, str]) -> None:
     import ray
 
     # "local" by name: without an address Ray would join whatever cluster was last started on this machine
-    own = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    own = {
+        "address": "local",
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_system_config": NO_SPARES,
+    }
     local = own if is_own() else {}
     ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": dict(environment)}, **local)
 
