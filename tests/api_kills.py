@@ -27,6 +27,7 @@ import httpx2
 from orchestrator.service.principals import Limits, Scope
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.service_configs import small_files, submitted
 from tests.services import RUN, until
@@ -57,7 +58,7 @@ class Battered:
 
     def answers(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/livez", trust_env=False).is_success
+            return httpx2.get(f"{self.url}/livez", trust_env=False, verify=PLAIN).is_success
         except httpx2.TransportError:
             return False
 
@@ -100,7 +101,7 @@ class Creator(threading.Thread):
         self.problem: str | None = None
 
     def run(self) -> None:
-        with httpx2.Client(base_url=self._service.url, headers=self._headers, trust_env=False) as http:
+        with httpx2.Client(base_url=self._service.url, headers=self._headers, trust_env=False, verify=PLAIN) as http:
             for number in itertools.count():
                 if self._service.ending.is_set() or not self._create(http, f"made-{number}"):
                     return
@@ -133,7 +134,7 @@ class Reader(threading.Thread):
         self.ended = False
 
     def run(self) -> None:
-        with httpx2.Client(base_url=self._service.url, headers=self._headers, trust_env=False) as http:
+        with httpx2.Client(base_url=self._service.url, headers=self._headers, trust_env=False, verify=PLAIN) as http:
             while not self.ended and not self._service.ending.is_set():
                 try:
                     self._follow(http)
@@ -155,7 +156,7 @@ def survive(folder: Path, database: str, *, kills: int, seed: int) -> dict[str, 
     with battered(folder, database) as (service, working, waiting):
         workers = [f"worker-{number}" for number in range(WORKERS)]
         with httpx2.Client(
-            base_url=service.url, headers={"Authorization": f"Bearer {working}"}, trust_env=False
+            base_url=service.url, headers={"Authorization": f"Bearer {working}"}, trust_env=False, verify=PLAIN
         ) as http:
             for name in workers:
                 assert http.post("/v1/runs", json=submitted(name=name, seed=4, steps=ENDLESS)).status_code == 201
@@ -212,7 +213,9 @@ def _check_events(http: httpx2.Client, run: str, seen: list[int]) -> int:
 
 
 def _check_created(service: Battered, key: str, acknowledged: list[str]) -> None:
-    with httpx2.Client(base_url=service.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as http:
+    with httpx2.Client(
+        base_url=service.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False, verify=PLAIN
+    ) as http:
         names: list[str] = []
         after: dict[str, str] = {}
         more = True

@@ -25,6 +25,7 @@ from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from potstill.client import Client
 from tests.launchers import POLL_S
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.service_configs import small_files
 
@@ -54,7 +55,7 @@ class Service:
     def asking(self, key: str) -> httpx2.Client:
         """A client with that key."""
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, trust_env=False, timeout=30.0)
+        return httpx2.Client(base_url=self.url, headers=headers, trust_env=False, verify=PLAIN, timeout=30.0)
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
@@ -115,7 +116,7 @@ def serving(
     until(lambda: server.started)
     headers = {"Authorization": f"Bearer {key}"}
     try:
-        with httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30.0) as http:
+        with httpx2.Client(base_url=url, headers=headers, trust_env=False, verify=PLAIN, timeout=30.0) as http:
             yield Service(url=url, key=key, folder=folder, store=store, state=state, measures=measures, http=http)
     finally:
         server.should_exit = True

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import httpcore2
 import httpx2
 
+from potstill.authorities import trusted
 from potstill.errors import ConfigError, TargetRefused
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -192,7 +193,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
     """httpx2 has no argument for the network backend, its pool has: this is the one place that reaches for it."""
 
     def __init__(self, guard: Guard, base: httpx2.URL, limits: httpx2.Limits) -> None:
-        super().__init__(trust_env=False, limits=limits)
+        super().__init__(verify=trusted(), trust_env=False, limits=limits)
         self._pool._network_backend = _Backend(guard, base)
 
 

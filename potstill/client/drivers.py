@@ -16,6 +16,7 @@ from typing import IO, Any, Self, TypeVar
 import httpx2
 
 from potstill import __version__
+from potstill.authorities import trusted
 from potstill.client.answers import ask
 from potstill.client.patience import Patience, attempts
 from potstill.client.steps import (
@@ -302,7 +303,7 @@ def _settings(url: str, key: str, tls: ssl.SSLContext | None) -> dict[str, Any]:
         "headers": headers,
         "trust_env": False,
         "follow_redirects": False,
-        "verify": True if tls is None else tls,
+        "verify": trusted() if tls is None else tls,
     }
 
 

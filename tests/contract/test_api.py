@@ -19,6 +19,7 @@ from potstill.config_file import load, parse
 from potstill.errors import ServiceError
 from potstill.journal import STOP_AT_ONCE
 from tests.launchers import AwayLauncher, ProcessLauncher
+from tests.plain import PLAIN
 from tests.service_configs import submitted
 from tests.services import RUN, Service, serving, until
 
@@ -67,7 +68,7 @@ def test_every_v1_route_without_a_key_is_401(service: Service):
     asked = [(method, path) for path in paths for method in paths[path] if path.startswith("/v1")]
     assert len(asked) > 40
     for headers in ({}, {"Authorization": "Bearer ps_000000000000_x"}, {"Authorization": f"Basic {service.key}"}):
-        with httpx2.Client(base_url=service.url, headers=headers, trust_env=False) as stranger:
+        with httpx2.Client(base_url=service.url, headers=headers, trust_env=False, verify=PLAIN) as stranger:
             for method, path in asked:
                 changes = method in {"post", "put", "patch"}
                 sent = {"content": b"{broken", "headers": {"content-type": "application/json"}} if changes else {}
@@ -76,7 +77,7 @@ def test_every_v1_route_without_a_key_is_401(service: Service):
 
 
 def test_probes_and_version_need_no_key(service: Service):
-    with httpx2.Client(base_url=service.url, trust_env=False) as stranger:
+    with httpx2.Client(base_url=service.url, trust_env=False, verify=PLAIN) as stranger:
         until(lambda: stranger.get("/readyz").status_code == 200)
         assert stranger.get("/livez").json() == {"status": "ok"}
         assert stranger.get("/version").json()["version"]

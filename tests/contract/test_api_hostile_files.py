@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.launchers import AwayLauncher
+from tests.plain import PLAIN
 from tests.services import Service, serving, until
 from tests.uploading import PARQUET, ROWS, head, jsonl, left_over, parquet, refused, upload
 
@@ -141,7 +142,9 @@ def test_a_page_of_another_site_cannot_upload_with_a_session(service: Service) -
     session = service.store.keys.open_session(who.key_id, 600.0)
     form = {"files": {"file": ("x", jsonl(ROWS))}, "data": {"purpose": "prompts"}}
     host = service.url.partition("://")[2]
-    with httpx2.Client(base_url=service.url, cookies={"potstill_session": session}, trust_env=False) as browser:
+    with httpx2.Client(
+        base_url=service.url, cookies={"potstill_session": session}, trust_env=False, verify=PLAIN
+    ) as browser:
         for origin in (
             "https://evil.example",
             "null",

@@ -20,6 +20,7 @@ from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from potstill.client import Client
 from tests.launchers import ProcessLauncher
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.service_configs import small_files, submitted
 from tests.services import RUN, serving, until
@@ -30,7 +31,7 @@ def start_api(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
     def answers() -> bool:
         try:
-            return httpx2.get(f"http://127.0.0.1:{port}/livez", trust_env=False).is_success
+            return httpx2.get(f"http://127.0.0.1:{port}/livez", trust_env=False, verify=PLAIN).is_success
         except httpx2.TransportError:
             return False
 

@@ -16,6 +16,7 @@ from orchestrator.service.keys import Signer
 from orchestrator.service.principals import Scope
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.service_configs import small_files, submitted
 from tests.services import RUN, until
@@ -45,7 +46,7 @@ def test_a_secret_is_nowhere(tmp_path: Path):
     said: list[str] = []
     with (
         service(tmp_path, port),
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=90.0) as http,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=PLAIN, timeout=90.0) as http,
     ):
         until(lambda: _lives(http), 60.0)
         http.headers["authorization"] = f"Bearer {key}"

@@ -21,6 +21,7 @@ from orchestrator.service.runs import State
 from orchestrator.service.store.idempotency import Once
 from orchestrator.service.store.schema import RUNS
 from tests.launchers import AwayLauncher
+from tests.plain import PLAIN
 from tests.services import Service, serving
 from tests.shown_runs import STEPS, sample, shown, token
 
@@ -80,7 +81,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextmanager
 def signed_in(service: Service, key: str) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.url, trust_env=False, timeout=30.0) as client:
+    with httpx2.Client(base_url=service.url, trust_env=False, verify=PLAIN, timeout=30.0) as client:
         assert client.post("/login", json={"key": key}).status_code == 204
         yield client
 
@@ -130,7 +131,7 @@ def test_signing_out_ends_the_session_itself(service: Service):
 def test_an_address_that_guesses_keys_has_to_wait(tmp_path):
     with (
         serving(tmp_path, lambda _url: AwayLauncher()) as running,
-        httpx2.Client(base_url=running.url, trust_env=False) as guesser,
+        httpx2.Client(base_url=running.url, trust_env=False, verify=PLAIN) as guesser,
     ):
         answers = [guesser.post("/login", json={"key": f"guess {n}"}) for n in range(WRONG_KEYS)]
         assert {answer.status_code for answer in answers} == {401}
@@ -140,7 +141,7 @@ def test_an_address_that_guesses_keys_has_to_wait(tmp_path):
 
 @pytest.mark.parametrize("path", [*PAGES, *(f"/runs/done{tab}" for tab in TABS)])
 def test_whoever_has_not_signed_in_is_sent_to_the_door_and_back(service: Service, path: str):
-    with httpx2.Client(base_url=service.url, trust_env=False) as stranger:
+    with httpx2.Client(base_url=service.url, trust_env=False, verify=PLAIN) as stranger:
         sent = stranger.get(path)
         assert sent.status_code == 303
         assert sent.headers["location"] == "/login?" + str(httpx2.QueryParams({"next": path}))
@@ -150,7 +151,7 @@ def test_whoever_has_not_signed_in_is_sent_to_the_door_and_back(service: Service
 
 
 def test_a_link_on_another_site_asks_again_as_a_page_of_this_one(service: Service):
-    with httpx2.Client(base_url=service.url, trust_env=False) as stranger:
+    with httpx2.Client(base_url=service.url, trust_env=False, verify=PLAIN) as stranger:
         again = stranger.get("/runs/done?x=%22%3E", headers={"sec-fetch-site": "cross-site"})
         assert again.status_code == 200
         assert '<meta http-equiv="refresh" content="0; url=/runs/done?x=%22%3E">' in again.text

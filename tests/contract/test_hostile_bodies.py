@@ -27,6 +27,7 @@ from orchestrator.service.bodies import MAX_BODY_BYTES
 from orchestrator.service.principals import Scope
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.service_configs import small_files, submitted
 from tests.services import until
@@ -79,7 +80,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with log.open("wb") as file:
         process = subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(port), "true"], stderr=file)
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=120.0) as http:
+    with httpx2.Client(
+        base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, verify=PLAIN, timeout=120.0
+    ) as http:
         until(lambda: _answers(http), timeout_s=60.0)
         yield Target(process=process, log=log, http=http, address=("127.0.0.1", port))
     os.kill(process.pid, signal.SIGKILL)

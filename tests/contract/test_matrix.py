@@ -20,6 +20,7 @@ from orchestrator.service import run_logs
 from orchestrator.service.principals import Scope
 from orchestrator.service.runs import State
 from tests.launchers import AwayLauncher
+from tests.plain import PLAIN
 from tests.run_folders import make_checkpoint
 from tests.service_configs import submitted
 from tests.services import Service, serving
@@ -84,7 +85,9 @@ class Place:
         method, path = self.operations[operation]
         headers = {"X-Request-Id": "asked", **HEADERS.get(operation, {})}
         headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
-        with httpx2.Client(base_url=self.service.url, headers=headers, trust_env=False, timeout=30.0) as http:
+        with httpx2.Client(
+            base_url=self.service.url, headers=headers, trust_env=False, verify=PLAIN, timeout=30.0
+        ) as http:
             if operation == "upload_file":
                 query = {"filename": "a.jsonl", "purpose": "prompts"}
                 return http.post(

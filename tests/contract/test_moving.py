@@ -28,6 +28,7 @@ from potstill.errors import ConfigError
 from tests.databases import server, url
 from tests.launchers import AwayLauncher
 from tests.left_behind import begin, report
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.postgres import Postgres
 from tests.service_configs import small_files, submitted
@@ -76,7 +77,7 @@ def service(folder: Path, port: int, database: str) -> Iterator[None]:
 
 def _answers(port: int) -> bool:
     with suppress(httpx2.TransportError):
-        return httpx2.get(f"http://127.0.0.1:{port}/livez", trust_env=False).is_success
+        return httpx2.get(f"http://127.0.0.1:{port}/livez", trust_env=False, verify=PLAIN).is_success
     return False
 
 

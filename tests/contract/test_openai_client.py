@@ -14,6 +14,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from orchestrator.service.principals import Scope
 from tests.launchers import ProcessLauncher
+from tests.plain import PLAIN
 from tests.run_folders import make_checkpoint
 from tests.service_configs import submitted
 from tests.services import RUN, Service, serving, until
@@ -27,7 +28,7 @@ class Asking(OpenAI):
 
     def __init__(self, service: Service, key: str, **options: Any) -> None:
         self.sent: list[httpx2.Request] = []
-        http = httpx2.Client(trust_env=False, event_hooks={"request": [self.sent.append]})
+        http = httpx2.Client(trust_env=False, verify=PLAIN, event_hooks={"request": [self.sent.append]})
         super().__init__(base_url=f"{service.url}/v1", api_key=key, http_client=http, **options)
 
 

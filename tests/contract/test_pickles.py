@@ -18,6 +18,7 @@ import torch
 from tests.builders_teacher import KEY, ServerProcess, teacher_server
 from tests.launchers import AwayLauncher
 from tests.pickles import Canary, canary
+from tests.plain import PLAIN
 from tests.services import Service, serving
 from tests.tiny_models import save_tiny_model
 
@@ -88,7 +89,7 @@ def test_no_route_of_the_service_unpickles(service: Service, tmp_path: Path) -> 
 def test_no_route_of_a_teacher_server_unpickles(teacher: ServerProcess, tmp_path: Path) -> None:
     sang = tmp_path / "sang"
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx2.Client(base_url=teacher.url, headers=headers, trust_env=False, timeout=30.0) as http:
+    with httpx2.Client(base_url=teacher.url, headers=headers, trust_env=False, verify=PLAIN, timeout=30.0) as http:
         for path in TEACHER_ROUTES:
             for kind in KINDS:
                 for body in bodies(sang):

@@ -15,6 +15,7 @@ from orchestrator.service.runs import State
 from potstill.errors import ConfigError
 from tests.launchers import AwayLauncher
 from tests.left_behind import begin
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.services import Service, serving
 
@@ -33,7 +34,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def scraped(service: Service) -> Samples:
     port = free_port()
     with service.measures.served("127.0.0.1", port):
-        text = httpx2.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        text = httpx2.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, verify=PLAIN).text
     families = text_string_to_metric_families(text)
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 

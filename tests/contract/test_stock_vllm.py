@@ -28,6 +28,7 @@ from potstill.types import FinishReason, Message, ScoreStatus, TeacherScores
 from potstill.wire import Ask, ScoreItem
 from tests.builders_teacher import item
 from tests.endpoints import Exact, endpoint
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
@@ -69,7 +70,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, "vLLM ended before it was ready"
         try:
-            if httpx2.get(f"{url}/health", trust_env=False).status_code == 200:
+            if httpx2.get(f"{url}/health", trust_env=False, verify=PLAIN).status_code == 200:
                 return
         except httpx2.TransportError:
             time.sleep(0.2)

@@ -19,6 +19,7 @@ import pytest
 from potstill.codec import JSON, SAFETENSORS
 from teacher_server.logs import without_values
 from tests.builders_teacher import KEY
+from tests.plain import PLAIN
 from tests.tiny_models import save_tiny_model
 
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -46,7 +47,9 @@ class Server:
 
     def post(self, body: bytes, path: str = "score", **headers: str) -> httpx2.Response:
         given = {**BEARER, "content-type": JSON, **headers}
-        return httpx2.post(f"{self.url}/v1/{path}", content=body, headers=given, timeout=30, trust_env=False)
+        return httpx2.post(
+            f"{self.url}/v1/{path}", content=body, headers=given, timeout=30, trust_env=False, verify=PLAIN
+        )
 
     def raw(self, *lines: str, body: bytes = b"") -> bytes:
         host, port = self.url.removeprefix("http://").split(":")
@@ -133,7 +136,7 @@ def test_compressed_bodies_are_415(server, encoding):
 def test_a_malformed_content_length_is_400_or_413_and_never_a_crash(server, length):
     answer = server.raw(f"Content-Type: {JSON}", f"Content-Length: {length}", body=b"{}")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
-    assert httpx2.get(f"{server.url}/livez", trust_env=False).status_code == 200
+    assert httpx2.get(f"{server.url}/livez", trust_env=False, verify=PLAIN).status_code == 200
 
 
 def test_an_answer_too_large_for_json_is_413_and_fits_into_safetensors(server):
@@ -173,8 +176,8 @@ def test_a_privileged_context_is_in_no_log_no_error_and_no_metric(server):
         server.post(json.dumps({"model": "tiny", "prompt": CANARY, "stop": CANARY}).encode(), "completions"),
         server.post(CANARY.encode(), "weights?version=1", **{"content-type": SAFETENSORS}),
         server.post(CANARY.encode(), f"weights?version={CANARY}", **{"content-type": SAFETENSORS}),
-        httpx2.get(f"{server.url}/metrics", trust_env=False),
-        httpx2.get(f"{server.url}/{CANARY}", trust_env=False),
+        httpx2.get(f"{server.url}/metrics", trust_env=False, verify=PLAIN),
+        httpx2.get(f"{server.url}/{CANARY}", trust_env=False, verify=PLAIN),
     ]
     assert {answer.status_code for answer in answers} >= {200, 400, 404, 412, 415}
     assert max(answer.status_code for answer in answers) in {415, 504}

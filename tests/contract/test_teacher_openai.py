@@ -21,6 +21,7 @@ from teacher_server.engine import ScoringTeacher
 from teacher_server.limits import Limits
 from teacher_server.transformers_backbone import TransformersBackbone
 from tests.builders_teacher import KEY
+from tests.plain import PLAIN
 from tests.served import serving
 from tests.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
@@ -144,7 +145,7 @@ async def test_requests_at_once_are_each_answered_their_own(url):
 def post(url: str, **changes: Any) -> httpx2.Response:
     body = {"model": "tiny", "prompt": [1, 2], "max_tokens": 0} | changes
     headers = {"authorization": f"Bearer {KEY}", "content-type": JSON}
-    return httpx2.post(f"{url}/v1/completions", json=body, headers=headers, trust_env=False)
+    return httpx2.post(f"{url}/v1/completions", json=body, headers=headers, trust_env=False, verify=PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from teacher_server.app import create_app
 from teacher_server.batching import Job, ScoringQueue
 from teacher_server.limits import Limits
 from tests.builders_teacher import IDENTITY, KEY, NOTHING_MORE, item, request
+from tests.plain import PLAIN
 from tests.served import serving
 from tests.tiny_models import tiny_tokenizer
 
@@ -78,7 +79,9 @@ class Served:
         asked = replace(request(*items, ask=ask, deadline_ms=deadline_ms), expect_revision=expect_revision)
         body = encode_request(asked, SAFETENSORS)
         headers = {"authorization": f"Bearer {KEY}", "content-type": SAFETENSORS, "accept": SAFETENSORS}
-        return httpx2.post(f"{self.url}/v1/score", content=body, headers=headers, timeout=timeout_s, trust_env=False)
+        return httpx2.post(
+            f"{self.url}/v1/score", content=body, headers=headers, timeout=timeout_s, trust_env=False, verify=PLAIN
+        )
 
     def ask_aside(self, *items: ScoreItem) -> Callable[[], httpx2.Response]:
         """Ask on another thread, wait until the model is at it, and return what waits for the answer."""
@@ -137,7 +140,7 @@ def test_beyond_its_queue_the_server_says_503_and_when_to_come_back():
             "request_id": None,
             "message": None,
         }
-        assert httpx2.get(f"{it.url}/livez", trust_env=False).status_code == 200
+        assert httpx2.get(f"{it.url}/livez", trust_env=False, verify=PLAIN).status_code == 200
         it.teacher.gate.release(2)
         assert statuses(first()) == [ScoreStatus.OK]
         assert statuses(it.ask(long_item("b"))) == [ScoreStatus.OK]
@@ -191,7 +194,7 @@ def test_a_server_whose_scoring_thread_died_is_not_alive_and_takes_nothing():
         it.teacher.gate.release(1)
         it.teacher.error = TypeError("a bug")
         assert it.ask(long_item("a")).status_code == 503  # at once, not when its deadline has passed
-        assert httpx2.get(f"{it.url}/livez", trust_env=False).status_code == 503
+        assert httpx2.get(f"{it.url}/livez", trust_env=False, verify=PLAIN).status_code == 503
         assert it.ask(long_item("a")).status_code == 503
 
 
@@ -202,7 +205,10 @@ def test_a_crash_is_500_with_an_id_and_without_its_reason():
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         assert answer.headers["x-request-id"] == answer.json()["error"]["request_id"]
         assert "secret" not in answer.text
-        assert 'teacher_requests_total{status="500"} 1.0' in httpx2.get(f"{it.url}/metrics", trust_env=False).text
+        assert (
+            'teacher_requests_total{status="500"} 1.0'
+            in httpx2.get(f"{it.url}/metrics", trust_env=False, verify=PLAIN).text
+        )
 
 
 def test_stopping_answers_what_was_accepted():
@@ -256,7 +262,7 @@ def test_the_metrics_tell_batches_waits_and_refusals_apart():
 
 
 def metrics(it: Served) -> dict[str, float]:
-    lines = httpx2.get(f"{it.url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx2.get(f"{it.url}/metrics", trust_env=False, verify=PLAIN).text.splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
 
 

@@ -30,6 +30,7 @@ from potstill.types import Message, ScoreStatus, TeacherIdentity
 from potstill.wire import Ask, ScoreItem
 from tests.builders_teacher import KEY, ServerProcess, item, request, teacher_server
 from tests.endpoints import endpoint
+from tests.plain import PLAIN
 from tests.tiny_models import VOCABULARY, save_tiny_model
 
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -92,7 +93,7 @@ def check_near(actual: Any, wanted: Any, *, nats: float = TOLERANCE) -> None:
 def post(server: ServerProcess, body: Any, **headers: str) -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": JSON, **BEARER, **headers}
-    return httpx2.post(f"{server.url}/v1/score", content=content, headers=headers, trust_env=False)
+    return httpx2.post(f"{server.url}/v1/score", content=content, headers=headers, trust_env=False, verify=PLAIN)
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def test_a_body_that_turns_out_too_large_is_refused_while_it_streams(server):
             yield b" " * (SMALL_BODY // 8)
 
     headers = {"content-type": JSON, **BEARER}
-    answer = httpx2.post(f"{server.url}/v1/score", content=chunks(), headers=headers, trust_env=False)
+    answer = httpx2.post(f"{server.url}/v1/score", content=chunks(), headers=headers, trust_env=False, verify=PLAIN)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
@@ -273,12 +274,12 @@ def test_other_encodings_are_415(server, headers):
 @pytest.mark.parametrize(("method", "path"), [("POST", "score"), ("GET", "models"), ("GET", "capabilities")])
 def test_every_v1_route_is_401_without_the_key(server, method, path, given):
     headers = {"authorization": given.encode("latin-1")}
-    answer = httpx2.request(method, f"{server.url}/v1/{path}", headers=headers, trust_env=False)
+    answer = httpx2.request(method, f"{server.url}/v1/{path}", headers=headers, trust_env=False, verify=PLAIN)
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 def test_an_unknown_route_has_the_same_error_shape(server):
-    answer = httpx2.get(f"{server.url}/v2/none", trust_env=False)
+    answer = httpx2.get(f"{server.url}/v2/none", trust_env=False, verify=PLAIN)
     assert answer.status_code == 404
     assert set(answer.json()["error"]) == {"message", "type", "code", "param", "request_id", "retryable"}
 
@@ -317,11 +318,11 @@ def test_the_watching_routes_need_no_key_and_count_the_tokens(server):
     assert metric(server, "teacher_scored_tokens_total") == before + 4
     assert metric(server, "teacher_score_seconds_count") > 0
     assert metric(server, 'teacher_requests_total{status="401"}') > 0
-    assert httpx2.get(f"{server.url}/readyz", trust_env=False).status_code == 200
+    assert httpx2.get(f"{server.url}/readyz", trust_env=False, verify=PLAIN).status_code == 200
 
 
 def metric(server: ServerProcess, name: str) -> float:
-    lines = httpx2.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx2.get(f"{server.url}/metrics", trust_env=False, verify=PLAIN).text.splitlines()
     (value,) = [line.rsplit(" ", 1)[1] for line in lines if line.rsplit(" ", 1)[0] == name]
     return float(value)
 

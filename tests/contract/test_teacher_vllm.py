@@ -25,6 +25,7 @@ from teacher_server.__main__ import VLLM_ENVIRONMENT
 from teacher_server.batching import Job
 from tests.builders_teacher import KEY, ServerProcess, item, teacher_server
 from tests.endpoints import Exact, endpoint
+from tests.plain import PLAIN
 from tests.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 
 TOLERANCE = 2e-5  # nats, against a float32 forward pass of transformers
@@ -123,7 +124,7 @@ async def test_weights_that_are_pushed_to_the_server_are_scored_by(server: Serve
         for version, model in ((1, other), (2, folder)):
             body = save(load_file(model / "model.safetensors"), {"version": str(version)})
             url = f"{server.url}/v1/weights?version={version}"
-            answer = httpx2.post(url, content=body, headers=headers, timeout=30, trust_env=False)
+            answer = httpx2.post(url, content=body, headers=headers, timeout=30, trust_env=False, verify=PLAIN)
             assert answer.status_code == 200
             asked = some_items()[1]
             (scores,) = await client.score([asked], EVERYTHING, None)

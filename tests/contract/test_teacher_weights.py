@@ -33,6 +33,7 @@ from teacher_server.limits import Limits
 from teacher_server.transformers_backbone import TransformersBackbone
 from teacher_server.weights_route import Versions
 from tests.builders_teacher import KEY
+from tests.plain import PLAIN
 from tests.served import serving
 from tests.tiny_models import save_tiny_model
 
@@ -83,14 +84,16 @@ def push(server: str, weights: Mapping[str, Tensor], version: int, **query: str)
 
 def send(server: str, body: bytes, *, kind: str = SAFETENSORS, **query: str) -> httpx2.Response:
     headers = {**BEARER, "content-type": kind}
-    return httpx2.post(f"{server}/v1/weights", content=body, params=query, headers=headers, timeout=30, trust_env=False)
+    return httpx2.post(
+        f"{server}/v1/weights", content=body, params=query, headers=headers, timeout=30, trust_env=False, verify=PLAIN
+    )
 
 
 def score(server: str, items: int = 1, **facts: Any) -> httpx2.Response:
     listed = [{"id": str(n), "context_ids": CONTEXT, "completion_ids": COMPLETION} for n in range(items)]
     body = {"model": "tiny", "items": listed, **facts}
     headers = {**BEARER, "content-type": JSON}
-    return httpx2.post(f"{server}/v1/score", json=body, headers=headers, timeout=30, trust_env=False)
+    return httpx2.post(f"{server}/v1/score", json=body, headers=headers, timeout=30, trust_env=False, verify=PLAIN)
 
 
 def by(weights: Mapping[str, Tensor], folder: Path) -> list[float]:
@@ -116,7 +119,7 @@ def test_after_a_push_the_teacher_is_the_pushed_model_and_says_so(server, folder
     answer = push(server, new, 7)
     assert (answer.status_code, answer.json()["revision"]) == (200, "v7")
     check_scored_by(score(server), by(new, folders[1]), "v7")
-    able = httpx2.get(f"{server}/v1/capabilities", headers=BEARER, trust_env=False).json()
+    able = httpx2.get(f"{server}/v1/capabilities", headers=BEARER, trust_env=False, verify=PLAIN).json()
     assert able["revision"] == "v7"
 
 
@@ -260,6 +263,7 @@ def test_the_bodys_size_and_type_are_checked_before_it_is_read(shared, folders):
         content=iter([b"x"]),
         headers={**BEARER, "content-type": SAFETENSORS},
         trust_env=False,
+        verify=PLAIN,
     )
     assert chunked.status_code == 411
 
@@ -270,7 +274,7 @@ def test_a_server_that_was_not_started_to_take_weights_has_no_such_route(folders
 
 
 def test_no_key_no_push(shared):
-    answer = httpx2.post(f"{shared}/v1/weights?version=1", content=b"x", trust_env=False)
+    answer = httpx2.post(f"{shared}/v1/weights?version=1", content=b"x", trust_env=False, verify=PLAIN)
     assert answer.status_code == 401
 
 

@@ -24,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 
 from tests.deploy import compose_rules, manifests
 from tests.deploy.dockerfiles import CONTROL, CPU, DOCKER, GPU, ROOT, arguments, checks_its_health, problems, values
+from tests.plain import PLAIN
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -155,7 +156,7 @@ def test_the_control_image_has_all_that_the_service_needs_and_no_torch(tmp_path:
     assert Path(inside["potstill"]).is_relative_to(built.parents[1])
     assert set(inside["recipes"]) == {path.name for path in (ROOT / "deploy" / "recipes").glob("*.toml")}
     with serving(built, tmp_path) as url:
-        with httpx2.Client(base_url=url, trust_env=False, timeout=30.0) as http:
+        with httpx2.Client(base_url=url, trust_env=False, verify=PLAIN, timeout=30.0) as http:
             assert http.get("/livez").status_code == 200
             login = http.get("/login")
             assert login.status_code == 200

@@ -16,6 +16,7 @@ import httpx2
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from tests.plain import PLAIN
 from tests.ports import free_port
 from tests.services import until
 
@@ -132,7 +133,9 @@ class Cluster:
 
     def ask(self, path: str, token: str | None = None) -> httpx2.Response:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        return httpx2.get(f"http://{self.dashboard}{path}", headers=headers, trust_env=False, timeout=30.0)
+        return httpx2.get(
+            f"http://{self.dashboard}{path}", headers=headers, trust_env=False, verify=PLAIN, timeout=30.0
+        )
 
     @property
     def processes(self) -> list[psutil.Process]:

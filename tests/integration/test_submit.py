@@ -18,6 +18,7 @@ from orchestrator.service.head import LocalHead, start_or_adopt
 from orchestrator.service.jobs import Cluster, RayLauncher
 from potstill.client import Client
 from potstill.errors import ServiceError
+from tests.plain import PLAIN
 from tests.service_configs import submitted
 from tests.services import serving
 
@@ -93,7 +94,7 @@ def test_the_head_listens_on_loopback_only(head: LocalHead):
 def test_the_head_refuses_strangers(head: LocalHead):
     for token in (None, "wrong"):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        answer = httpx2.get(f"{head.address}/api/jobs/", headers=headers, trust_env=False)
+        answer = httpx2.get(f"{head.address}/api/jobs/", headers=headers, trust_env=False, verify=PLAIN)
         assert answer.status_code in {401, 403}
     with pytest.raises(ServiceError, match="token"):
         RayLauncher(Cluster(address=head.address, token="wrong"), command=(), report_url="", service="").look()

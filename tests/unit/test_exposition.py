@@ -17,6 +17,7 @@ from potstill.config import RunConfig
 from potstill.config_file import parse
 from potstill.errors import ConfigError
 from potstill.journal import Journal, Status, read_jsonl
+from tests.plain import PLAIN
 
 OTHERS = {"worker_seconds_score": 0.25, "unscored_fraction": 0.125, "queue": 3, "weights_version": 2}
 
@@ -53,7 +54,7 @@ def url_of(journal: Journal) -> str:
 
 def scrape(journal: Journal) -> Samples:
     """By name and the values of labels, these in the order of their names."""
-    text = httpx2.get(url_of(journal), trust_env=False).raise_for_status().text
+    text = httpx2.get(url_of(journal), trust_env=False, verify=PLAIN).raise_for_status().text
     families = text_string_to_metric_families(text)
     return {
         (s.name, *(s.labels[label] for label in sorted(s.labels))): s.value
@@ -149,7 +150,7 @@ def test_it_listens_on_loopback_only_and_ends_with_the_run(journal: Journal):
         url = url_of(journal)
         assert url.startswith("http://127.0.0.1:")
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(url, trust_env=False)
+        httpx2.get(url, trust_env=False, verify=PLAIN)
 
 
 def test_a_port_that_is_taken_is_refused_by_its_setting(journal: Journal):
