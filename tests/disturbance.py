@@ -39,6 +39,7 @@ LONG = "loop.steps=1000000"
 SUPERVISED = ("method=sft", "rollout.source=reference", "teacher={kind: none}")  # starts sooner, and without a teacher
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they look for their dead head for a minute, then end
 PROMPTS = 64
+LOOK_S = 0.25
 CONFIG = """
 method = "opd"
 [student]
@@ -87,6 +88,7 @@ class Disturbed:
     process: subprocess.Popen[str] | None = None
     family: dict[int, psutil.Process] = field(default_factory=dict)  # every process that was ever seen
     said: list[str] = field(default_factory=list)
+    looked: float = 0.0  # when, on the monotonic clock
 
     @property
     def folder(self) -> Path:
@@ -145,6 +147,12 @@ class Disturbed:
             return
         self.family |= {process.pid: process for process in found}
 
+    def _look_again(self) -> None:
+        """Now and then, as a test polls: to read every process of the machine takes the run's own processors."""
+        if time.monotonic() > self.looked + LOOK_S:
+            self.look()
+            self.looked = time.monotonic()
+
     def part(self, name: str) -> psutil.Process | None:
         """A living process of the run that has this part in it, the one that came last; None while there is none."""
         assert self.process is not None
@@ -171,7 +179,7 @@ class Disturbed:
         assert self.process is not None
         deadline = time.monotonic() + limit_s
         while not condition():
-            self.look()
+            self._look_again()
             assert self.process.poll() is None, self.process.communicate()[1]
             assert time.monotonic() < deadline, f"{self.name}: {self.events[-5:]}, {len(self.steps)} steps"
             time.sleep(0.05)
@@ -185,7 +193,7 @@ class Disturbed:
         assert self.process is not None
         deadline = time.monotonic() + limit_s
         while self.process.poll() is None and time.monotonic() < deadline:
-            self.look()
+            self._look_again()
             time.sleep(0.05)
         assert self.process.poll() is not None, f"{self.name} has not ended: {self.status}, {self.events[-5:]}"
         _, said = self.process.communicate(timeout=1.0)
