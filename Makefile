@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 EXTRA ?= cpu
-JOBS ?= 2
+JOBS ?= 3
 BLACK_BOX := seqkd soda gad ranked advised cross_tokenizer two_teachers
 
 # uv reads no pip settings: a wheel folder configured for pip is passed on; without one, uv's own CPU torch index is used.
@@ -12,6 +12,7 @@ UV_SOURCES := $(if $(LINKS),$(foreach l,$(LINKS),--find-links $(l)),$(if $(filte
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
+unexport PYTHONDONTWRITEBYTECODE # a run starts a dozen processes of ours, each of which would compile us anew
 
 .PHONY: help setup tools quickstart opsd black-box test long chaos deploy-check check docs bench clean
 
@@ -38,7 +39,7 @@ black-box: setup ## teachers of which only text can be had, of another tokenizer
 tools: ## PostgreSQL, Chromium, promtool and ShellCheck, which the tests start: installed where that can be done
 	.ci/tools
 
-test: setup tools ## all tests but the longest, side by side where they can be (JOBS=2)
+test: setup tools ## all tests but the longest, side by side where they can be (JOBS=3)
 	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 long: setup ## the tests that `make test` leaves out for their time
