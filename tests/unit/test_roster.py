@@ -15,15 +15,15 @@ from orchestrator import roster as documented
 from orchestrator.roster import LONGEST_PAUSE_S, PAUSE_S, Roster, Worker, pause_s
 from potstill.errors import ConfigError, MemoryLost, WorkerLost
 
-FOREVER_S = 3600.0
-
 
 class Agency:
-    """Hires workers; `failures` are what it says instead, by place, in turn. A place of `slow` takes for ever."""
+    """Hires workers; `failures` are what it says instead, by place, in turn. A place of `slow` waits for its event."""
 
-    def __init__(self, failures: dict[int, list[Exception]] | None = None, slow: set[int] | None = None) -> None:
+    def __init__(
+        self, failures: dict[int, list[Exception]] | None = None, slow: dict[int, asyncio.Event] | None = None
+    ) -> None:
         self._failures = failures or {}
-        self._slow = slow or set()
+        self._slow = slow or {}
         self.asked: list[tuple[int, bool]] = []
         self.hired: Counter[int] = Counter()
         self.losses: list[tuple[int, str]] = []
@@ -32,7 +32,7 @@ class Agency:
         self.asked.append((number, anew))
         await asyncio.sleep(0.001 * (number + 1))
         if number in self._slow:
-            await asyncio.sleep(FOREVER_S)
+            await self._slow[number].wait()
         if self._failures.get(number):
             raise self._failures[number].pop(0)
         self.hired[number] += 1
@@ -130,10 +130,12 @@ async def test_a_worker_that_could_not_be_hired_is_told_of_as_one_that_was_lost(
 
 
 async def test_a_run_begins_at_once_with_the_fewest_workers_and_the_others_join():
-    agency = Agency(slow={0})
+    last = asyncio.Event()
+    agency = Agency(slow={0: asyncio.Event(), 2: last})
     roster = agency.roster(wanted=3, at_least=1)
-    await asyncio.wait_for(roster.open(), 1)
+    await asyncio.wait_for(roster.open(), 5)
     assert here(roster) == ["1.1"]
+    last.set()
     arrivals = roster.arrivals()
     assert [await next_of(arrivals), await next_of(arrivals)] == ["1.1", "2.1"]
     await roster.close()
@@ -181,7 +183,7 @@ async def test_a_run_that_has_begun_hears_of_a_worker_that_says_that_it_is_wrong
 
 
 async def test_everybody_hears_what_ends_the_run():
-    roster = Agency({0: [WorkerLost("never there")]}, slow={1}).roster(wanted=2, restarts=0)
+    roster = Agency({0: [WorkerLost("never there")]}, slow={1: asyncio.Event()}).roster(wanted=2, restarts=0)
     opening = asyncio.create_task(roster.open())
     waiting = [asyncio.create_task(roster.somebody()), asyncio.create_task(next_of(roster.arrivals()))]
     ends = await asyncio.wait_for(asyncio.gather(opening, *waiting, return_exceptions=True), 5)
@@ -190,7 +192,7 @@ async def test_everybody_hears_what_ends_the_run():
 
 
 async def test_a_run_that_is_closed_hires_nobody_any_more():
-    agency = Agency(slow={0})
+    agency = Agency(slow={0: asyncio.Event()})
     roster = agency.roster(wanted=1)
     opening = asyncio.create_task(roster.open())
     await asyncio.sleep(0.01)
