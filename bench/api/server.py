@@ -13,7 +13,7 @@ import uvicorn
 from orchestrator.service.app import create_app
 from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
-from orchestrator.service.serve import SHUTDOWN_S, compose, take_short_turns
+from orchestrator.service.serve import SHUTDOWN_S, collect_seldom, compose, take_short_turns
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from tests.launchers import EndlessLauncher
@@ -39,6 +39,7 @@ def main() -> None:
         backlog=1024,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    collect_seldom()
     uvicorn.Server(config).run()
 
 
