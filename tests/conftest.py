@@ -20,6 +20,12 @@ SHARED = f"{INTEGRATION}shared"
 OWN_PROCESSES = ("life_over_http", "faults", "interruption", "learner_ranks", "placement", "submit")
 WHOLE_RUNS = (SHARED, *(f"{INTEGRATION}test_{name}.py" for name in OWN_PROCESSES))  # the longest first
 TIMED = f"{INTEGRATION}test_overload.py"
+OWN_RAY = "a Ray of their own"  # in pytest's process, where the shared one stays once it is there: they come first
+OF_OWN_RAY = (
+    "tests/unit/test_transports.py",
+    "tests/contract/test_outcome.py",
+    "tests/contract/test_memory_monitor.py",
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +35,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch
 class ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
+        if file in OF_OWN_RAY:
+            return OWN_RAY
         return SHARED if file.startswith(INTEGRATION) and file not in (*WHOLE_RUNS, TIMED) else file
 
     def _assign_work_unit(self, node: WorkerController) -> None:
@@ -48,8 +56,8 @@ class ByFile(LoadFileScheduling):
         return any(scope in WHOLE_RUNS and not all(done.values()) for scope, done in work.items())
 
 
-def _rank(file: str) -> int:
-    return 2 if file == TIMED else int(file.startswith("tests/unit/"))
+def _rank(scope: str) -> int:
+    return {OWN_RAY: -1, TIMED: 2}.get(scope, int(scope.startswith("tests/unit/")))
 
 
 @pytest.hookimpl
