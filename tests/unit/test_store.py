@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +485,19 @@ def test_a_key_opens_and_is_nowhere_on_disk(light: Store, tmp_path: Path):
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert key.split("_", 2)[2].encode() not in written
     assert session.encode() not in written
+
+
+def test_of_those_who_ask_for_one_key_at_once_one_gets_it(store: Store):
+    asked = Once(key_id="admin", key="one", route="/v1/keys", body_digest="0")
+
+    def ask(_number: int) -> tuple[str, str | None]:
+        key, secret = store.keys.create(owner="alice", label="", scopes=[], once=asked)
+        return key.id, secret
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(8)))
+    assert len({key_id for key_id, _ in answers}) == 1
+    assert [secret is not None for _, secret in answers].count(True) == 1
 
 
 @pytest.mark.parametrize("wrong", ["", "ps", "ps__", "ps_nobody_secret", "Bearer", "ps_\ud800_x"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from orchestrator.service.keys import HashedSecret, hashed, new_key, new_secret, split_key
 from orchestrator.service.principals import Limits, Principal, Scope
@@ -69,13 +70,20 @@ class Keys:
             "created_at": time.time(),
             "expires_at": expires_at,
         }
-        with self._database.writing() as db:
-            if once is not None and (earlier := made_before(db, once)) is not None:
-                return _key(_row(db, earlier)), None
-            db.execute(KEYS.insert().values(row))
-            if once is not None:
-                remember(db, once, key_id)
-            return _key(_row(db, key_id)), text
+        try:
+            with self._database.writing() as db:
+                if (earlier := _made_before(db, once)) is not None:
+                    return earlier, None
+                db.execute(KEYS.insert().values(row))
+                if once is not None:
+                    remember(db, once, key_id)
+                return _key(_row(db, key_id)), text
+        except IntegrityError:  # another connection was first with the same request
+            with self._database.reading() as db:
+                earlier = _made_before(db, once)
+            if earlier is None:
+                raise
+            return earlier, None
 
     def change(self, key_id: str, *, limits: Limits) -> Key:
         """Set what a key may use. Raises ServiceError (404)."""
@@ -147,6 +155,11 @@ class Keys:
 def _digest(secret: str) -> bytes:
     """A session is found by its digest: 256 random bits need no salt, and a digest leads back to none of them."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _made_before(db: sa.Connection, once: Once | None) -> Key | None:
+    made = None if once is None else made_before(db, once)
+    return None if made is None else _key(_row(db, made))
 
 
 def _row(db: sa.Connection, key_id: str) -> Any:
