@@ -37,4 +37,5 @@ async def test_who_reads_again_and_again_lets_others_have_their_turn(store: Stor
     reading = asyncio.create_task(read_on())
     for _ in range(10):
         await asyncio.wait_for(briefly(store, store.ping), 5.0)
+    assert not reading.done()
     reading.cancel()

@@ -233,11 +233,11 @@ def store_run(
     keep_used(state.runs, new.config)
     runs = state.store.runs
 
-    def admission(db: Any) -> None:
+    def admit_and_record(db: Any) -> None:
         admit(runs.usage(who.key_id, db), who.limits)
         audit(new.id, within=db)
 
-    made, replayed = runs.create(new, request, admission)
+    made, replayed = runs.create(new, request, admit_and_record)
     state.supervisor.nudge()
     return made, replayed
 
