@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# The class that AutoTokenizer takes for Qwen3, by what the folder says. To ask it imports torch, 4 s of every command.
+_QWEN3_CLASSES = {
+    "TokenizersBackend": "TokenizersBackend",
+    "PreTrainedTokenizerFast": "TokenizersBackend",
+    "Qwen2Tokenizer": "Qwen2Tokenizer",
+    "Qwen2TokenizerFast": "Qwen2Tokenizer",
+}
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -31,15 +38,33 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     check_model_folder(folder)
     if not any((folder / name).exists() for name in _VOCABULARY_FILES):  # transformers would make up an empty one
         raise ConfigError(f"{folder}: no tokenizer: save one there with save_pretrained")
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = _load(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: its tokenizer cannot be loaded") from error
     if not tokenizer.chat_template:
         raise ConfigError(f"{folder}: the tokenizer has no chat template: add chat_template.jinja")
     return tokenizer
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    import transformers
+
+    known = _known_class(folder)
+    if known is not None:
+        return getattr(transformers, known).from_pretrained(folder, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _known_class(folder: Path) -> str | None:
+    """What AutoTokenizer would choose, where that is known without it."""
+    names = ("config.json", "tokenizer_config.json")
+    if not all((folder / name).is_file() for name in names):
+        return None
+    match [json.loads((folder / name).read_text()) for name in names]:
+        case [{"model_type": "qwen3" | "qwen3_moe"}, {"tokenizer_class": str(named)}]:
+            return _QWEN3_CLASSES.get(named)
+    return None
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
+from transformers import AutoTokenizer
 
 from potstill.errors import ConfigError
 from potstill.tokenization import fingerprint, load_tokenizer, render
@@ -13,6 +18,37 @@ from tests.tiny_models import tiny_tokenizer
 def test_a_saved_tokenizer_keeps_its_fingerprint(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize(
+    "named", ["TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", None]
+)
+def test_a_tokenizer_is_the_one_that_autotokenizer_takes(model_type, named, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": named}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert type(ours) is type(theirs)
+    assert fingerprint(ours) == fingerprint(theirs)
+    text = "1 + 1 = é?  don't\n\n12345 <|im_end|>"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.init_kwargs.keys() == theirs.init_kwargs.keys()
+
+
+def test_a_qwen3_tokenizer_is_loaded_and_used_without_torch(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    code = """if True:
+        import sys
+        from potstill.tokenization import load_tokenizer, render
+        from potstill.types import Message
+        assert render(load_tokenizer(sys.argv[1]), [Message(role="user", content="1 + 1")])
+        print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_chat_template_is_not_part_of_the_fingerprint():
