@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import quickstart
+from orchestrator.quickstart import Asked
 from orchestrator.recipe_table import RECIPES
 
 
@@ -33,7 +34,8 @@ def main() -> None:
         runs = options.runs or Path(scratch)
         reports = []
         for seed in range(options.seeds):
-            reports.append(quickstart.run(options.recipe, engine=options.engine, seed=seed, runs=runs, quiet=True))
+            asked = Asked(name=options.recipe, engine=options.engine, seed=seed, runs=runs, quiet=True)
+            reports.append(quickstart.run(asked))
             print(json.dumps(row(reports[-1])), file=sys.stderr)
     print(json.dumps(figures(options.recipe, reports), indent=2))
 

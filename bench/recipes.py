@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import quickstart
+from orchestrator.quickstart import Asked
 from orchestrator.recipe_table import RECIPES
 
 
@@ -30,7 +31,8 @@ def main() -> None:
         found = {}
         for name in options.recipes:
             runs = options.runs or Path(scratch)
-            found[name] = row(quickstart.run(name, engine=None, seed=options.seed, runs=runs, quiet=True))
+            asked = Asked(name=name, engine=None, seed=options.seed, runs=runs, quiet=True)
+            found[name] = row(quickstart.run(asked))
             print(json.dumps({name: found[name]}), file=sys.stderr)
     print(json.dumps(found, indent=2))
 

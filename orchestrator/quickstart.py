@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,55 @@ TOKENIZER_PROMPTS = 512  # training prompts whose text the tokenizer is trained 
 UNDECIDED = "unknown"  # in place of what a recipe has yet to make
 
 
-def run(name: str, *, engine: str | None, seed: int, runs: Path, quiet: bool) -> dict[str, Any]:
-    """Run the recipe `name` into `<runs>/quickstart`; an earlier result there is moved aside. Returns report.json."""
-    if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r} is not known; known: {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    folder = runs / ("quickstart" if name == "opd" else f"quickstart-{name}")
-    _move_aside(folder)
-    phases = dict.fromkeys([*recipe.prepared, *(phase.config for phase in recipe.runs)])
-    with make_display(
-        None, f"potstill quickstart: {name}", file=sys.stderr if quiet else sys.stdout, phases=phases
-    ) as display:
-        changes = [f"rollout.engine={engine}"] if engine else []
-        quickstart = Quickstart(recipe, seed=seed, changes=changes, runs=runs, folder=folder, display=display)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What `potstill quickstart` was asked for. Raises ConfigError for a recipe that nobody knows."""
+
+    name: str
+    engine: str | None
+    seed: int
+    runs: Path
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        if self.name not in RECIPES:
+            raise ConfigError(f"recipe {self.name!r} is not known; known: {', '.join(RECIPES)}")
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.name]
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / ("quickstart" if self.name == "opd" else f"quickstart-{self.name}")
+
+
+def run(asked: Asked) -> dict[str, Any]:
+    """Run the recipe into its folder; an earlier result there is moved aside. Returns report.json."""
+    _move_aside(asked.folder)
+    with _opened(asked, [*asked.recipe.prepared, *(phase.config for phase in asked.recipe.runs)]) as quickstart:
         report = until_done(quickstart.run)
-    report["recipe"] = name
-    write_json(folder / "report.json", report)
-    write_report(folder)
+    report["recipe"] = asked.name
+    write_json(asked.folder / "report.json", report)
+    write_report(asked.folder)
     return report
+
+
+def make_models(asked: Asked) -> dict[str, Any]:
+    """Make what the recipe begins with and lay it into `<runs>/models`. Returns folder and accuracy of each, by name;
+    an accuracy is None where none was measured."""
+    with _opened(asked, asked.recipe.prepared) as quickstart:
+        return until_done(quickstart.make_models)
+
+
+@contextlib.contextmanager
+def _opened(asked: Asked, phases: Sequence[str]) -> Iterator[Quickstart]:
+    title, file = f"potstill quickstart: {asked.name}", sys.stderr if asked.quiet else sys.stdout
+    changes = [f"rollout.engine={asked.engine}"] if asked.engine else []
+    with make_display(None, title, file=file, phases=dict.fromkeys(phases)) as display:
+        yield Quickstart(
+            asked.recipe, seed=asked.seed, changes=changes, runs=asked.runs, folder=asked.folder, display=display
+        )
 
 
 def filled(phase: Phase, *, folders: Mapping[str, Path], urls: Mapping[str, str]) -> Iterator[str]:
@@ -102,11 +134,24 @@ class Quickstart:
         report["peak_rss_bytes"] = footprint.peak_bytes
         return report
 
+    async def make_models(self) -> dict[str, Any]:
+        """The preparations alone, on processes of their own. Folder and accuracy of each model, by the name it has."""
+        async with site(self._undecided(self._recipe.distil)) as opened, self._answering:
+            await self.prepare(opened)
+        return {
+            self._place(name).name: {"folder": str(self._place(name)), "accuracy": _accuracy(folder)}
+            for name, folder in self._folders.items()
+        }
+
     async def prepare(self, opened: Site) -> None:
         """Make what the recipe needs, where the cache has it not, and lay a copy of each model on the shelf."""
         for name in self._recipe.prepared:
             self._folders[name] = await self._prepare(opened, name)
-            _copy(last_checkpoint(self._folders[name]), self._shelf / name.replace("_", "-"))
+            _copy(last_checkpoint(self._folders[name]), self._place(name))
+
+    def _place(self, name: str) -> Path:
+        """Where the model of a preparation is laid: `potstill serve --models` knows it by this folder's name."""
+        return self._shelf / name.replace("_", "-")
 
     async def _distil(self, opened: Site) -> dict[str, Any]:
         recipe = self._recipe
@@ -185,6 +230,11 @@ def summary(report: Mapping[str, Any], runs: Path) -> str:
         f" {report['seconds_recipe']:.0f} s and at most {report['peak_rss_bytes'] / 2**30:.1f} GiB\n"
         f"report: {runs / report['run_id'] / 'report.html'}"
     )
+
+
+def shelf_summary(made: Mapping[str, Any]) -> str:
+    """A line for each model that was made."""
+    return "\n".join(f"{METRICS['accuracy'].show(one['accuracy'])}   {one['folder']}" for one in made.values())
 
 
 def _architecture(table: str) -> ScratchConfig:

@@ -137,12 +137,20 @@ def quickstart(
     engine: Annotated[str | None, typer.Option(help="vllm or transformers.")] = None,
     seed: Annotated[int, typer.Option(help="Of the student's warm-up and of the distillation.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where runs and cached models go.")] = Path("runs"),
+    models_only: Annotated[
+        bool, typer.Option("--models-only", help="Make what it begins with, into RUNS/models, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Distil a small student on this machine, from nothing, beside its controls; ends with a report."""
     from orchestrator import quickstart as recipes
 
-    report = recipes.run(recipe, engine=engine, seed=seed, runs=runs, quiet=as_json)
+    asked = recipes.Asked(name=recipe, engine=engine, seed=seed, runs=runs, quiet=as_json)
+    if models_only:
+        made = recipes.make_models(asked)
+        print_json(made) if as_json else typer.echo(recipes.shelf_summary(made))
+        return
+    report = recipes.run(asked)
     print_json(report) if as_json else typer.echo(recipes.summary(report, runs))
 
 

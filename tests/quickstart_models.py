@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.foreground import until_done
-from orchestrator.launch import site
 from orchestrator.quickstart import Quickstart
 from orchestrator.recipe_table import RECIPES
 from potstill import recipes
-from potstill.config_file import load
 from potstill.display import make_display
 from potstill.processes import end_with_parent
 
@@ -47,9 +45,5 @@ def _prepare(runs: Path, *changes: str) -> None:
     """In a process of its own, with which its Ray ends."""
     end_with_parent(os.getppid())
 
-    async def prepare(recipe: Quickstart) -> None:
-        async with site(load(OPD)) as opened:
-            await recipe.prepare(opened)
-
     with quickstart("opd", runs, *changes) as recipe:
-        until_done(lambda: prepare(recipe))
+        until_done(recipe.make_models)
