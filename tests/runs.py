@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.service.runs import Run, State
+from orchestrator.service.runs import ResolvedRun, State
 
 
-def run(id: str = "r", state: State = State.RUNNING, **changes: Any) -> Run:
+def run(id: str = "r", state: State = State.RUNNING, **changes: Any) -> ResolvedRun:
     config = {
         "method": "opd",
         "student": {"model": "s"},
@@ -44,4 +44,4 @@ def run(id: str = "r", state: State = State.RUNNING, **changes: Any) -> Run:
         "teacher_tokens": 0,
         "teacher_usd": 0.0,
     }
-    return Run(id=id, state=state, **fields | changes)
+    return ResolvedRun(id=id, state=state, **fields | changes)

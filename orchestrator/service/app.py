@@ -51,6 +51,7 @@ def create_app(state: ServiceState, *, hosts: Iterable[str] = (), measures: Meas
         finally:
             await asyncio.to_thread(state.supervisor.stop)
             await state.catalog.scorers.aclose()
+            await state.store.database.leave_loop()
 
     app = FastAPI(
         title="potstill",

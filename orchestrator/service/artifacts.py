@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.service import confined
 from orchestrator.service.manifests import checkpoint_of, names_of
 from orchestrator.service.principals import Principal
-from orchestrator.service.runs import Run
+from orchestrator.service.runs import ResolvedRun, Run
 from orchestrator.service.store import Store
 from orchestrator.service.store.checkpoints import Keeping
 from potstill.errors import ServiceError
@@ -71,7 +71,7 @@ def why_it_stays(store: Store, runs: Path, run: Run, name: str) -> str | None:
     return f"run {users[0]} uses it, and is not at its end" if users else None
 
 
-def users_of(folder: Path, unfinished: Sequence[Run]) -> list[str]:
+def users_of(folder: Path, unfinished: Sequence[ResolvedRun]) -> list[str]:
     """The runs whose config names `folder`, or something inside it."""
     place = os.path.realpath(folder)  # as the catalog resolves it
     return [

@@ -21,7 +21,7 @@ _REPORT = re.compile(r"/v1/runs/([^/]+)/events")
 
 
 class Authentication:
-    """Over one store. Its methods ask the database: call them by way of briefly.py."""
+    """Over one store. Its methods ask the database: call them by way of waits.py."""
 
     def __init__(self, store: Store, signer: Signer) -> None:
         self.store = store

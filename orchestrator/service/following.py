@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from orchestrator.service.briefly import briefly
 from orchestrator.service.principals import Principal
 from orchestrator.service.runs import Event, State, event_resource
 from orchestrator.service.store import Store
 from orchestrator.service.store.events import FEW
+from orchestrator.service.waits import briefly
 from potstill.errors import ServiceError
 
 RETRY_MS = 3000  # after which a client whose stream broke comes again

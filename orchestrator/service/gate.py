@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.service.authentication import SAFE, Authentication
 from orchestrator.service.bodies import read_json
-from orchestrator.service.briefly import briefly
 from orchestrator.service.ranges import Unsatisfiable
 from orchestrator.service.runs import SequenceGap
+from orchestrator.service.waits import briefly
 from potstill.errors import ConfigError, ServiceError
 
 log = logging.getLogger(__name__)

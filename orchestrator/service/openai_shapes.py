@@ -26,6 +26,7 @@ from orchestrator.service.manifests import Checkpoint
 from orchestrator.service.runs import Event, Run, State, progress
 from orchestrator.service.store.checkpoints import Keeping
 from orchestrator.service.submissions import Metadata
+from potstill.config import RunConfig
 from potstill.errors import ConfigError, ServiceError
 
 STATUSES: Mapping[State, str] = {
@@ -137,7 +138,7 @@ def job_resource(run: Run, model: str | None) -> dict[str, Any]:
         "result_files": [],
         "hyperparameters": {},
         "integrations": [],
-        "seed": run.config["seed"],
+        "seed": run.submitted.get("seed", RunConfig.model_fields["seed"].default),
         "metadata": dict(run.metadata),
         "method": {"type": "distillation", "distillation": _rest(run.submitted)},
     }

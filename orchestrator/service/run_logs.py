@@ -20,7 +20,7 @@ from pathlib import Path
 from orchestrator.service import confined
 from orchestrator.service.neutral import MARGIN, neutral, unfinished
 from orchestrator.service.ranges import Part, refused
-from orchestrator.service.runs import Run
+from orchestrator.service.runs import ResolvedRun
 from potstill.errors import ServiceError
 from potstill.process_log import DRIVER, FOLDER
 
@@ -40,7 +40,7 @@ class Log:
     parts: tuple[str, ...]
 
 
-def logs_of(runs: Path, run: Run) -> list[Log]:
+def logs_of(runs: Path, run: ResolvedRun) -> list[Log]:
     """Those that there are."""
     inside = confined.names(runs, run.id, FOLDER)
     found = [Log(role="orchestrator", rank=0, parts=(run.id, FOLDER, OWN))] if OWN in inside else []
@@ -52,7 +52,7 @@ def logs_of(runs: Path, run: Run) -> list[Log]:
     return sorted(found, key=lambda log: (ROLES.index(log.role), log.rank))
 
 
-def open_log(runs: Path, run: Run, role: str, rank: int) -> BufferedReader:
+def open_log(runs: Path, run: ResolvedRun, role: str, rank: int) -> BufferedReader:
     """Raises ServiceError (404) naming the logs that there are."""
     found = logs_of(runs, run)
     for log in found:

@@ -220,7 +220,7 @@ class Supervisor:
             with refusals(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             (folder / STOP_AT_ONCE).unlink(missing_ok=True)
-            write_json(folder / "submitted.json", dict(run.config))
+            write_json(folder / "submitted.json", dict(self._store.runs.get(run.id).config))
             # what a process before this one wrote would otherwise pass for this one's last word, if it writes none
             write_json(folder / "status.json", {"status": Status.QUEUED.value, "time": time.time()})
             process_log.begin(folder, f"attempt {run.attempt}, {rfc3339(time.time())}")

@@ -165,7 +165,9 @@ def test_no_request_breaks_a_route(operation: str, tried: Tried):
 
 
 def test_no_sequence_of_requests_breaks_the_service(tried: Tried):
-    """Five hundred steps; every other one is about something that is there."""
+    """Five hundred steps, more until some things have succeeded; every other one is about something that is there."""
+    succeeded = {("create_run", 201), ("create_fine_tuning_job", 200), ("get_run", 200), ("list_events", 200)}
+    steps, most = 500 * HARDER, 2500 * HARDER
     seen: Counter[tuple[str, int]] = Counter()
 
     class Clients(tried.document.as_state_machine()):  # type: ignore[misc]
@@ -179,9 +181,8 @@ def test_no_sequence_of_requests_breaks_the_service(tried: Tried):
             seen[name_of(case), response.status_code] += 1
             tried.check(case, response)
 
-    while seen.total() < 500 * HARDER:
+    while seen.total() < steps or (seen.total() < most and not succeeded <= seen.keys()):
         with suppress(Flaky):  # the service remembers: what was answered once is answered otherwise the second time
             Clients.run(settings=settings(max_examples=5, stateful_step_count=25, **BOUNDS | {"derandomize": False}))
     assert tried.problems == []
-    for name, status in (("create_run", 201), ("create_fine_tuning_job", 200), ("get_run", 200), ("list_events", 200)):
-        assert seen[name, status], f"{name} was never answered with {status}: what was tried is too little"
+    assert succeeded <= seen.keys(), "what was tried is too little"

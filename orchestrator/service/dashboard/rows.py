@@ -51,7 +51,7 @@ def row(run: Run, now: float) -> Row:
         id=run.id,
         state=run.state.value,
         state_words=state_words(run.state),
-        method=run.config["method"],
+        method=run.submitted["method"],
         student=short(student_of(run)),
         teacher=short(teacher_of(run)),
         owner=run.owner,
@@ -77,13 +77,13 @@ def time_left(run: Run) -> str:
 
 def student_of(run: Run) -> str:
     """As its client named it."""
-    return str(run.submitted.get("student", run.config["student"])["model"])
+    return str(run.submitted["student"]["model"])
 
 
 def teacher_of(run: Run) -> str:
     """The teacher's name where it has one, else its kind."""
-    table: Mapping[str, object] = run.submitted.get("teacher", run.config["teacher"])
-    return str(table.get("name") or table.get("model") or table.get("kind") or run.config["teacher"]["kind"])
+    table: Mapping[str, object] = run.submitted["teacher"]
+    return str(table.get("name") or table.get("model") or table["kind"])
 
 
 def short(name: str) -> str:

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
-from orchestrator.service.briefly import briefly
 from orchestrator.service.routes.asking import Reader, State, listed
 from orchestrator.service.runs import event_resource
 from orchestrator.service.store.events import is_much
+from orchestrator.service.waits import briefly
 
 router = APIRouter(prefix="/v1/runs", tags=["events"])
 

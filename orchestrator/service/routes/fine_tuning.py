@@ -46,7 +46,8 @@ def create_job(
     with said_of_the_job():
         submission = submissions.read(meant, who, state.catalog)
     request = once(who, idempotency_key, PREFIX, body.model_dump(mode="json"))
-    made, replayed = runs.store_run(state, who, submission, request, partial(audit, who, "run.create"))
+    new = runs.ready(state, who, submission)
+    made, replayed = runs.store_run(state, who, new, request, partial(audit, who, "run.create"))
     headers = {"Idempotent-Replayed": "true"} if replayed else {}
     return JSONResponse(job_resource(made, None), headers=headers)
 

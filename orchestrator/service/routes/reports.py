@@ -6,11 +6,12 @@ from fastapi import APIRouter
 
 from orchestrator.reporting import Report
 from orchestrator.service.routes.asking import State
+from orchestrator.service.waits import durably
 
 router = APIRouter(prefix="/v1/runs", tags=["reports"])
 
 
 @router.post("/{run_id}/events", operation_id="report_events")
-def report(run_id: str, body: Report, state: State) -> dict[str, int]:
+async def report(run_id: str, body: Report, state: State) -> dict[str, int]:
     """A run's report about itself. Answers with the last number held of each log; 409 names the one that is wanted."""
-    return state.store.runs.report(run_id, body)
+    return await durably(state.store, state.store.runs.report, run_id, body)

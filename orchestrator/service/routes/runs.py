@@ -14,11 +14,11 @@ import yaml
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from orchestrator.service import submissions
 from orchestrator.service.artifacts import delete_run as delete_with_artifacts
 from orchestrator.service.artifacts import keep_used
-from orchestrator.service.briefly import briefly
 from orchestrator.service.gate import JSON, JsonObject
 from orchestrator.service.principals import Principal
 from orchestrator.service.routes.asking import (
@@ -36,8 +36,11 @@ from orchestrator.service.runs import Run, config_resource, run_resource
 from orchestrator.service.runs import State as RunState
 from orchestrator.service.scheduling import admit
 from orchestrator.service.state import ServiceState
+from orchestrator.service.store.idempotency import Once
+from orchestrator.service.store.runs import NewRun
 from orchestrator.service.submissions import Changes, Fork
 from orchestrator.service.toml import dump_toml
+from orchestrator.service.waits import briefly, durably
 from potstill.errors import ServiceError
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -62,7 +65,7 @@ class Resume(BaseModel):
     operation_id="create_run",
     openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": submissions.SCHEMA}}}},
 )
-def create_run(
+async def create_run(
     body: JsonObject,
     who: Writer,
     state: State,
@@ -75,11 +78,16 @@ def create_run(
     It is on disk before the answer leaves. 200 when the same request had made it before, and for a dry run, which
     stores nothing and answers with the resolved config and the plan.
     """
-    submission = submissions.read(body, who, state.catalog)
-    if dry_run:
+
+    def prepare() -> tuple[submissions.Submission, NewRun | None]:
+        submission = submissions.read(body, who, state.catalog)
+        return submission, None if dry_run else ready(state, who, submission)
+
+    submission, new = await run_in_threadpool(prepare)  # it reads files
+    if new is None:
         return JSONResponse(_plan_resource(submission))
     request = once(who, idempotency_key, "/v1/runs", body)
-    made, replayed = store_run(state, who, submission, request, partial(audit, who, "run.create"))
+    made, replayed = await durably(state.store, store_run, state, who, new, request, partial(audit, who, "run.create"))
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
 
 
@@ -213,24 +221,23 @@ def fork_run(
     submission = submissions.read(submissions.fork_of(parent.submitted, body, model), who, state.catalog)
     request = once(who, idempotency_key, f"/v1/runs/{run_id}/fork", body.model_dump(mode="json"))
     origin = {"forked_from": run_id, "forked_checkpoint": body.from_checkpoint}
-    made, replayed = store_run(
-        state, who, submission, request, partial(audit, who, "run.fork", parent=run_id), **origin
-    )
+    new = ready(state, who, submission, **origin)
+    made, replayed = store_run(state, who, new, request, partial(audit, who, "run.fork", parent=run_id))
     return created(run_resource(made), f"/v1/runs/{made.id}", replayed=replayed)
 
 
-def store_run(
-    state: ServiceState,
-    who: Principal,
-    submission: submissions.Submission,
-    request: Any,
-    audit: Callable[..., None],
-    **origin: str | None,
-) -> tuple[Run, bool]:
-    """Store it and its record in one transaction, within its key's limits, and have the supervisor look."""
+def ready(state: ServiceState, who: Principal, submission: submissions.Submission, **origin: str | None) -> NewRun:
+    """What is to be stored of it, once its folder is free and the checkpoints that it names will stay."""
     new = submission.new_run(who, **origin)
     state.supervisor.check_free(new.id)
     keep_used(state.runs, new.config)
+    return new
+
+
+def store_run(
+    state: ServiceState, who: Principal, new: NewRun, request: Once, audit: Callable[..., None]
+) -> tuple[Run, bool]:
+    """Store it and its record in one transaction, within its key's limits, and have the supervisor look."""
     runs = state.store.runs
 
     def admit_and_record(db: Any) -> None:

@@ -7,12 +7,10 @@ Refuses a database that cannot be durable, and a schema that is newer than this 
 
 from __future__ import annotations
 
-import select
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,21 +18,17 @@ from sqlalchemy.exc import (
     ArgumentError,
     DataError,
     DBAPIError,
-    DisconnectionError,
     IntegrityError,
     OperationalError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.util.concurrency import in_greenlet
 
+from orchestrator.service.store.engines import LoopEngines, open_engine
 from orchestrator.service.store.migrations import upgrade
 from orchestrator.service.store.schema import LEASES
 from orchestrator.service.store.turns import Turns
 from potstill.errors import ConfigError, Fenced, ServiceError
-
-CONNECTIONS, MORE = 10, 50  # kept open, and opened when that many threads ask at once: there are 40 for requests
-LOCK_WAIT_MS = 10_000  # that a writer waits for another one
-_BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN"}
-IDLE_MS = 3_000  # in a transaction, before PostgreSQL ends it: each of ours takes milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +61,9 @@ class Database:
     def __init__(self, url: str) -> None:
         self._lease: Lease | None = None
         self._lanes = _one_at_a_time() if url.startswith("sqlite") else Lanes()
+        self._loops = LoopEngines(url)
         try:
-            self.engine = _engine(url)
+            self.engine = open_engine(url)
             upgrade(self.engine)
         except (ArgumentError, OperationalError, OSError, ModuleNotFoundError):
             raise ConfigError("the database cannot be opened: check --database and what it names") from None
@@ -76,11 +71,15 @@ class Database:
     def under(self, lease: Lease) -> Database:
         """The same database for the holder of `lease`: its writes raise Fenced once another holds it."""
         fenced = object.__new__(Database)
-        fenced.engine, fenced._lanes, fenced._lease = self.engine, self._lanes, lease
+        fenced.engine, fenced._loops, fenced._lanes, fenced._lease = self.engine, self._loops, self._lanes, lease
         return fenced
 
     def close(self) -> None:
         self.engine.dispose()
+
+    async def leave_loop(self) -> None:
+        """Close the connections on which functions of this event loop have waited (waits.py)."""
+        await self._loops.leave()
 
     @property
     def is_near(self) -> bool:
@@ -90,7 +89,7 @@ class Database:
     @contextmanager
     def reading(self, *, much: bool = False) -> Iterator[sa.Connection]:
         """Each statement sees what is there when it runs. `much`: it may take long, and others go past it meanwhile."""
-        with _away(), self._lanes.much if much else self._lanes.statements, self.engine.connect() as db:
+        with _away(), self._lanes.much if much else self._lanes.statements, self._connect() as db:
             yield db
 
     @contextmanager
@@ -99,13 +98,17 @@ class Database:
         with (
             _away(),
             self._lanes.writers,
-            self.engine.connect().execution_options(writes=True) as db,
+            self._connect().execution_options(writes=True) as db,
             db.begin(),
             self._lanes.statements,  # left first: others read while the disk syncs
         ):
             if self._lease is not None:
                 _check(db, self._lease)
             yield db
+
+    def _connect(self) -> sa.Connection:
+        """By a driver that waits as the caller does: its thread, or its greenlet in an event loop."""
+        return (self._loops.engine() if in_greenlet() else self.engine).connect()
 
 
 def now(db: sa.Connection) -> float:
@@ -141,24 +144,6 @@ def _check(db: sa.Connection, lease: Lease) -> None:
         raise Fenced(f"{lease.name}: another process has taken over; this one writes nothing more")
 
 
-def _engine(url: str) -> sa.Engine:
-    """The driver begins no transaction: a read is one journey to the database, and whoever writes begins one."""
-    parsed = sa.make_url(url)
-    pool: dict[str, Any] = {"pool_size": CONNECTIONS, "max_overflow": MORE, "pool_use_lifo": True}  # warm ones first
-    if parsed.get_backend_name() == "sqlite":
-        _keep_private(parsed.database)
-        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, **pool)
-        sa.event.listen(engine, "connect", _durable)
-    else:
-        # A process that freezes in the middle of a transaction would hold its locks for ever.
-        limits = f"-c idle_in_transaction_session_timeout={IDLE_MS} -c lock_timeout={LOCK_WAIT_MS}"
-        arguments = {"options": limits, "connect_timeout": 10}
-        engine = sa.create_engine(parsed, isolation_level="AUTOCOMMIT", connect_args=arguments, **pool)
-        sa.event.listen(engine, "checkout", _still_there)
-    sa.event.listen(engine, "begin", _begin_to_write)
-    return engine
-
-
 @contextmanager
 def _away() -> Iterator[None]:
     try:
@@ -173,37 +158,3 @@ def _away() -> Iterator[None]:
         if isinstance(error, OperationalError) or error.connection_invalidated:
             raise ServiceError("the database is busy or away; try again", 503, "database_unavailable") from None
         raise
-
-
-def _keep_private(path: str | None) -> None:
-    """Only the owner reads the file. SQLite gives the same mode to the files that it keeps beside it."""
-    if path and path != ":memory:":
-        Path(path).touch(mode=0o600)
-
-
-def _durable(connection: Any, _record: Any) -> None:
-    """Set up a SQLite connection, and check that SQLite agreed: on some file systems it cannot do WAL."""
-    connection.isolation_level = None  # transactions are begun by _begin_to_write
-    wanted = {"busy_timeout": LOCK_WAIT_MS, "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
-    for pragma, value in wanted.items():
-        connection.execute(f"PRAGMA {pragma}={value}")
-        (found,) = connection.execute(f"PRAGMA {pragma}").fetchone()
-        if found != value:
-            raise ConfigError(f"SQLite keeps {pragma}={found} here, not {value}: put the database on a local disk")
-
-
-def _still_there(connection: Any, _record: Any, _proxy: Any) -> None:
-    """Whether the server has ended a connection that nobody used: its last word is there to be read.
-
-    To ask the server (`pool_pre_ping`) would be a journey before every read.
-    """
-    unread = select.poll()
-    unread.register(connection.fileno(), select.POLLIN)
-    if unread.poll(0):
-        raise DisconnectionError("the server has ended this connection")
-
-
-def _begin_to_write(connection: sa.Connection) -> None:
-    """SQLite's takes the lock at once: a reader that turns writer in mid-transaction could not wait its turn."""
-    if connection.get_execution_options().get("writes", False):
-        connection.exec_driver_sql(_BEGIN[connection.dialect.name])

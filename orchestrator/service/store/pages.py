@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,16 @@ def visible(table: sa.Table, viewer: Principal | None) -> sa.ColumnElement[bool]
     return table.c.owner == viewer.owner
 
 
-def page_of(db: sa.Connection, table: sa.Table, wanted: Page, *where: sa.ColumnElement[bool]) -> tuple[list[Any], bool]:
-    """Rows, and whether there are more. Raises ServiceError (400, bad_cursor)."""
+def page_of(
+    db: sa.Connection,
+    table: sa.Table,
+    wanted: Page,
+    *where: sa.ColumnElement[bool],
+    columns: Sequence[sa.Column[Any]] | None = None,
+) -> tuple[list[Any], bool]:
+    """Rows, and whether there are more. `columns`: None for all. Raises ServiceError (400, bad_cursor)."""
     number = table.c.number
-    query = sa.select(table).where(*where).limit(wanted.limit + 1)
+    query = sa.select(*(columns or table.c)).where(*where).limit(wanted.limit + 1)
     query = query.order_by(number.asc() if wanted.ascending else number.desc())
     if wanted.after is not None:
         cursor = db.execute(sa.select(number).where(table.c.id == wanted.after, *where)).scalar()

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from orchestrator.reporting import Report, ReportedStatus
 from orchestrator.service.principals import Principal
-from orchestrator.service.runs import RETRIED, Failure, Run, State, check_move, config_sha256
+from orchestrator.service.runs import RETRIED, Failure, ResolvedRun, Run, State, check_move, config_sha256
 from orchestrator.service.scheduling import Usage
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.events import append_logs, note, note_state
@@ -30,12 +30,14 @@ Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
 _STORED = "the run is stored and waits for its turn"
-# Statements of every report and every follower are built once.
+# Statements of every report, every follower and every creation are built once.
 _OF = RUNS.c.id == sa.bindparam("of")
 _JOB = sa.select(RUNS.c.submission_id).where(_OF)
 _STATE = sa.select(RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s).where(_OF)
 _STATE_LOCKED = _STATE.with_for_update()
 _HEARD = RUNS.update().where(_OF)
+_CREATED = RUNS.insert().returning(RUNS)
+_UNRESOLVED = [column for column in RUNS.c if column is not RUNS.c.config]  # what the lists have of a run
 
 
 def _sum(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
@@ -77,7 +79,7 @@ class Runs:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, new: NewRun, once: Once, admission: Admission = lambda _db: None) -> tuple[Run, bool]:
+    def create(self, new: NewRun, once: Once, admission: Admission = lambda _db: None) -> tuple[ResolvedRun, bool]:
         """Insert a queued run; on disk when this returns. The flag tells that the same request had made it before.
 
         Raises ServiceError: 409 name_taken, or deleted for a file or teacher that it names; 422 idempotency_key_reused;
@@ -107,14 +109,14 @@ class Runs:
                 db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == once.key_id).with_for_update())  # one at a time
                 admission(db)
                 require_named(db, new.submitted)
-                db.execute(RUNS.insert(), row)
+                stored = db.execute(_CREATED, row).one()
                 remember(db, once, new.id)
                 note_state(db, new.id, State.QUEUED, _STORED, None)
-                return run_of(_row(db, new.id)), False
+                return run_of(stored), False
         except IntegrityError:
             return self._lost_race(new.id, once)
 
-    def _lost_race(self, run_id: str, once: Once) -> tuple[Run, bool]:
+    def _lost_race(self, run_id: str, once: Once) -> tuple[ResolvedRun, bool]:
         """Another connection was first: with the same request, or with another one under the same name."""
         with self._database.reading() as db:
             if (earlier := made_before(db, once)) is not None:
@@ -122,7 +124,7 @@ class Runs:
         message = f"a run named {run_id} exists: choose another name"
         raise ServiceError(message, 409, "name_taken")
 
-    def get(self, run_id: str, viewer: Principal | None = None) -> Run:
+    def get(self, run_id: str, viewer: Principal | None = None) -> ResolvedRun:
         """Raises ServiceError (404) when there is no such run for the viewer. None is the service itself."""
         with self._database.reading() as db:
             return run_of(_row(db, run_id, viewer))
@@ -171,8 +173,8 @@ class Runs:
             where.append(RUNS.c.id.contains(named, autoescape=True))
         where += [self._carries(name, value) for name, value in (metadata or {}).items()]
         with self._database.reading(much=len(where) > 1) as db:
-            rows, more = page_of(db, RUNS, wanted, *where)
-        return [run_of(row) for row in rows], more
+            rows, more = page_of(db, RUNS, wanted, *where, columns=_UNRESOLVED)
+        return [Run(**_read(row)) for row in rows], more
 
     def _carries(self, name: str, value: str) -> sa.ColumnElement[bool]:
         """Whether a run has this pair of metadata. The name is compared, and never part of a JSON path."""
@@ -186,18 +188,18 @@ class Runs:
         active = RUNS.c.status.in_([state.value for state in State if state.active])
         waits = RUNS.c.status.in_([State.QUEUED.value, State.PAUSED.value]) & RUNS.c.submission_id.in_(jobs)
         with self._database.reading() as db:
-            rows = db.execute(sa.select(RUNS).where(active | waits).order_by(RUNS.c.number)).all()
-        return [run_of(row) for row in rows]
+            rows = db.execute(sa.select(*_UNRESOLVED).where(active | waits).order_by(RUNS.c.number)).all()
+        return [Run(**_read(row)) for row in rows]
 
     def in_line(self, limit: int, *, but: Collection[str]) -> list[Run]:
         """The first queued runs of keys other than `but`: the highest priority first, then the oldest."""
-        waiting = sa.select(RUNS).where(RUNS.c.status == State.QUEUED.value, RUNS.c.key_id.not_in(but))
+        waiting = sa.select(*_UNRESOLVED).where(RUNS.c.status == State.QUEUED.value, RUNS.c.key_id.not_in(but))
         first = waiting.order_by(RUNS.c.priority.desc(), RUNS.c.created_at).limit(limit)
         with self._database.reading() as db:
             rows = db.execute(first).all()
-        return [run_of(row) for row in rows]
+        return [Run(**_read(row)) for row in rows]
 
-    def unfinished(self) -> list[Run]:
+    def unfinished(self) -> list[ResolvedRun]:
         """Every run that is not in a final state, oldest first."""
         live = [state.value for state in State if not state.final]
         with self._database.reading() as db:
@@ -218,7 +220,7 @@ class Runs:
         with self._database.reading() as reading:
             return _usage(reading, key_id)
 
-    def edit(self, run_id: str, viewer: Principal, changes: Mapping[str, Any], *, revision: int) -> Run:
+    def edit(self, run_id: str, viewer: Principal, changes: Mapping[str, Any], *, revision: int) -> ResolvedRun:
         """Change priority, metadata or notes. Raises ServiceError: 404, 409 (final run), 412 (old revision)."""
         with self._database.writing() as db:
             row = _row(db, run_id, viewer, lock=True)
@@ -231,7 +233,7 @@ class Runs:
 
     def move(
         self, run_id: str, state: State, message: str, failure: Failure | None = None, viewer: Principal | None = None
-    ) -> Run:
+    ) -> ResolvedRun:
         """Change a run's state and record that as an event. Raises ServiceError: 404, or 409 illegal_transition."""
         with self._database.writing() as db:
             _move(db, _row(db, run_id, viewer, lock=True), state, message, failure, time.time())
@@ -243,7 +245,7 @@ class Runs:
             row = _row(db, run_id, lock=True)
             _move(db, row, State.STARTING, "the job is submitted to the cluster", None, time.time())
 
-    def again(self, run_id: str, message: str, viewer: Principal | None = None, *, retry: bool = False) -> Run:
+    def again(self, run_id: str, message: str, viewer: Principal | None = None, *, retry: bool = False) -> ResolvedRun:
         """Have a run wait for another process, whose job has a name of its own.
 
         A run that lost its process recovers; one that is paused, or, as a `retry`, at a bad end, is queued.
@@ -318,17 +320,22 @@ def _usage(db: sa.Connection, key_id: str) -> Usage:
     )
 
 
-def run_of(row: Any) -> Run:
+def run_of(row: Any) -> ResolvedRun:
     """A row of the table as the run it describes."""
+    return ResolvedRun(**_read(row))
+
+
+def _read(row: Any) -> dict[str, Any]:
+    """The fields of Run, and of ResolvedRun where the row has a config."""
     read = dict(row._mapping)
     del read["number"]
-    return Run(
-        state=State(read.pop("status")),
-        state_since=read.pop("status_since"),
-        state_message=read.pop("status_message"),
-        error=Failure(**error) if (error := read.pop("error")) is not None else None,
+    return {
+        "state": State(read.pop("status")),
+        "state_since": read.pop("status_since"),
+        "state_message": read.pop("status_message"),
+        "error": Failure(**error) if (error := read.pop("error")) is not None else None,
         **read,
-    )
+    }
 
 
 def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, lock: bool = False) -> Any:
