@@ -15,7 +15,12 @@ from tests.deploy.dockerfiles import CONTROL, PINNED, SECRET, values
 from tests.deploy.manifests import Manifest, Pod, clusters, every, name_of, of, pods
 
 RAY_PORTS = {6379, 8265, 10001}
-OUTSIDE = {"potstill-database": {"url"}, "potstill-ray": {"auth_token"}, "potstill-teacher": {"teacher-key"}}
+OUTSIDE = {
+    "potstill-database": {"url"},
+    "potstill-ray": {"auth_token"},
+    "potstill-redis": {"password"},
+    "potstill-teacher": {"teacher-key"},
+}
 """Secrets that the operator makes, with their keys."""
 USER = int(values(CONTROL.read_text(), "USER")[-1].split(":")[0])
 
@@ -85,6 +90,9 @@ def secretive(found: list[Manifest]) -> Iterator[str]:
                 yield f"{name_of(one)}: {key} is a URL with a password"
     for one in of(found, "ConfigMap"):
         yield from (f"{name_of(one)}: {key}" for key in one.get("data", {}) if SECRET.search(key))
+    for owner, cluster in clusters(found):
+        if "value" in _redis_password(cluster):
+            yield f"{owner}: Redis's password is written down"
     for pod in pods(found):
         for container in pod.containers():
             for variable in container.get("env", []):
@@ -207,6 +215,10 @@ def may_call(found: list[Manifest], caller: Pod, called: Pod, port: int) -> bool
 def complete(found: list[Manifest]) -> Iterator[str]:
     """What a pod names is rendered beside it, or is a secret that the operator was told to make."""
     have = {name_of(one) for one in found}
+    for owner, cluster in clusters(found):
+        reference = _redis_password(cluster).get("valueFrom", {}).get("secretKeyRef")
+        if reference is not None and reference["key"] not in OUTSIDE.get(reference["name"], set()):
+            yield f"{owner}: nobody makes {reference}"
     for pod in pods(found):
         wanted = {f"ServiceAccount/{pod.spec.get('serviceAccountName')}"}
         for volume in pod.spec.get("volumes", []):
@@ -224,6 +236,12 @@ def complete(found: list[Manifest]) -> Iterator[str]:
             mounted = {one["name"] for one in container.get("volumeMounts", [])}
             missing = mounted - {one["name"] for one in pod.spec.get("volumes", [])}
             yield from (f"{pod.owner}: there is no volume {one}" for one in sorted(missing))
+
+
+def _redis_password(cluster: Manifest) -> Manifest:
+    """Of the Redis in which a cluster's GCS keeps its state; empty where there is none."""
+    given: Manifest = cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {})
+    return given
 
 
 def _secret_keys(container: Manifest) -> Iterator[Manifest]:

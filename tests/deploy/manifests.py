@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 K8S = Path(__file__).parents[2] / "deploy" / "k8s"
-SETTINGS = ("overlays/cpu", "overlays/gpu", "overlays/dev", "job")
+SETTINGS = ("overlays/cpu", "overlays/gpu", "overlays/lasting", "overlays/dev", "job")
 
 Manifest = dict[str, Any]
 

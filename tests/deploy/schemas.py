@@ -46,9 +46,11 @@ _WORKERS = _of(
     rayStartParams=_START,
     template=_ANYTHING,
 )
+_SECRET = _of("valueFrom", valueFrom=_of("secretKeyRef", secretKeyRef=_of("name", "key", name=_TEXT, key=_TEXT)))
 _CLUSTER = _of(
     "headGroupSpec",
     rayVersion=_TEXT,
+    gcsFaultToleranceOptions=_of("redisAddress", "redisPassword", redisAddress=_TEXT, redisPassword=_SECRET),
     authOptions=_of(mode=_one_of("token", "disabled"), secretName=_TEXT),
     headGroupSpec=_HEAD,
     workerGroupSpecs=_list(_WORKERS),

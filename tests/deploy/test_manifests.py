@@ -16,7 +16,7 @@ import yaml
 
 from potstill.config_file import load
 from tests.deploy.cluster_rules import OUTSIDE, RULES, may_call
-from tests.deploy.manifests import K8S, SETTINGS, Manifest, manifests, name_of, of, pods
+from tests.deploy.manifests import K8S, SETTINGS, Manifest, clusters, manifests, name_of, of, pods
 from tests.deploy.schemas import misshapen
 
 GONE = object()
@@ -68,6 +68,8 @@ CHANGES: Sequence[Change] = (
     ("secretive", API, f"{POD}.containers.0.args.1", "--database=postgresql://a:b@c/d"),
     ("secretive", RAY, f"{WORKER}.containers.0.env.1", LITERAL_TOKEN),
     ("secretive", "ConfigMap/potstill-run", "data.api_token", "made up"),
+    ("secretive", RAY, "spec.gcsFaultToleranceOptions.redisPassword.value", "made up"),
+    ("complete", RAY, "spec.gcsFaultToleranceOptions.redisPassword.valueFrom.secretKeyRef", {"name": "r", "key": "k"}),
     ("authenticated", RAY, "spec.authOptions", GONE),
     ("authenticated", RAY, "spec.authOptions.mode", "disabled"),
     ("authenticated", RAY, f"{WORKER}.containers.0.env.0.value", "disabled"),
@@ -122,6 +124,7 @@ MISSHAPEN: Sequence[tuple[str, str, Any]] = (
     (RAY, f"{WORKER}.containers.0.imagePull", "Always"),
     (RAY, f"{HEAD}.containers.0.env.0.value", True),
     (RAY, "spec.headGroupSpec.template", GONE),
+    (RAY, "spec.gcsFaultToleranceOptions.redisAdress", "redis:6379"),
     (JOB, "spec.backoffLimit", "3"),
     (JOB, "spec.ttlSecondsAfterFinish", 60),
     ("ServiceMonitor/potstill-api", "spec.endpoints.0.interval", 15),
@@ -282,6 +285,16 @@ def test_who_may_call_from_other_namespaces():
     }
 
 
+def test_a_head_whose_state_lasts_reaches_the_redis_that_keeps_it():
+    found = manifests("overlays/lasting")
+    ((_, cluster),) = clusters(found)
+    port = int(cluster["gcsFaultToleranceOptions"]["redisAddress"].rpartition(":")[2])
+    policy = next(one for one in of(found, "NetworkPolicy") if one["metadata"]["name"] == "redis")
+    head = cluster["headGroupSpec"]["template"]["metadata"]["labels"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= head.items()
+    assert [one["port"] for rule in policy["spec"]["egress"] for one in rule["ports"]] == [port]
+
+
 def test_a_registry_is_named_once_for_every_pod(tmp_path: Path):
     moved = [{"name": f"potstill-{name}", "newName": f"registry.example/{name}"} for name in ("control", "gpu")]
     overlay = {"resources": [os.path.relpath(K8S / "overlays" / "gpu", tmp_path)], "images": moved}
@@ -291,7 +304,7 @@ def test_a_registry_is_named_once_for_every_pod(tmp_path: Path):
 
 
 def test_the_secrets_to_make_are_told_with_their_keys():
-    told = (K8S / "base" / "kustomization.yaml").read_text() + (K8S / "job" / "kustomization.yaml").read_text()
+    told = "".join((K8S / where / "kustomization.yaml").read_text() for where in ("base", "job", "overlays/lasting"))
     made = re.findall(r"create secret generic (\S+)(?: \\\n#)?\s+--from-literal=([\w-]+)=", told)
     assert {(name, key) for name, keys in OUTSIDE.items() for key in keys} == set(made)
 
