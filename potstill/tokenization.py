@@ -50,10 +50,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     import transformers
 
-    known = _known_class(folder)
-    if known is not None:
-        return getattr(transformers, known).from_pretrained(folder, local_files_only=True)
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = getattr(transformers, _known_class(folder) or "AutoTokenizer")
+    return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _known_class(folder: Path) -> str | None:
