@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.reporting import Report, ReportedStatus
+from orchestrator.reporting import Report
 from orchestrator.service.principals import Principal
-from orchestrator.service.runs import RETRIED, Failure, ResolvedRun, Run, State, check_move, config_sha256
+from orchestrator.service.runs import RETRIED, Failure, ResolvedRun, Run, State, config_sha256
 from orchestrator.service.scheduling import Usage
 from orchestrator.service.store.database import Database
 from orchestrator.service.store.events import append_logs, note, note_state
 from orchestrator.service.store.idempotency import Once, made_before, remember
+from orchestrator.service.store.moves import apply_status, move_row
 from orchestrator.service.store.pages import Page, page_of, visible
+from orchestrator.service.store.run_rows import OF, UNRESOLVED, fields_in, no_such_run, row_of, run_of, state_row
 from orchestrator.service.store.schema import KEYS, RUNS
+from orchestrator.service.store.usage import usage_of
 from orchestrator.service.store.uses import require_named
 from potstill.errors import ServiceError
 
@@ -30,33 +33,10 @@ Admission = Callable[[sa.Connection], None]
 """Asked within the transaction that makes a run; raises ServiceError when its key may have no more."""
 
 _STORED = "the run is stored and waits for its turn"
-# Statements of every report, every follower and every creation are built once.
-_OF = RUNS.c.id == sa.bindparam("of")
-_JOB = sa.select(RUNS.c.submission_id).where(_OF)
-_STATE = sa.select(RUNS.c.id, RUNS.c.status, RUNS.c.started_at, RUNS.c.launched_at, RUNS.c.busy_s).where(_OF)
-_STATE_LOCKED = _STATE.with_for_update()
-_HEARD = RUNS.update().where(_OF)
+# Statements of every report and every creation are built once.
+_JOB = sa.select(RUNS.c.submission_id).where(OF)
+_HEARD = RUNS.update().where(OF)
 _CREATED = RUNS.insert().returning(RUNS)
-_UNRESOLVED = [column for column in RUNS.c if column is not RUNS.c.config]  # what the lists have of a run
-
-
-def _sum(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-    return sa.func.coalesce(sa.func.sum(column), 0)
-
-
-def _count(states: Iterable[State]) -> sa.ColumnElement[Any]:
-    return _sum(sa.case((RUNS.c.status.in_([state.value for state in states]), 1), else_=0))
-
-
-_PRESENT = sa.case((RUNS.c.launched_at.is_(None), 0.0), else_=sa.bindparam("now", type_=sa.Double) - RUNS.c.launched_at)
-_USAGE = sa.select(
-    sa.func.count().label("runs"),
-    _count(state for state in State if not state.final).label("unfinished"),
-    _count(state for state in State if state.active).label("running"),
-    (_sum(RUNS.c.gpus * (RUNS.c.busy_s + _PRESENT)) / 3600.0).label("gpu_hours"),
-    _sum(RUNS.c.teacher_tokens).label("teacher_tokens"),
-    _sum(RUNS.c.teacher_usd).label("teacher_usd"),
-).where(RUNS.c.key_id == sa.bindparam("key"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +85,7 @@ class Runs:
         try:
             with self._database.writing() as db:
                 if (earlier := made_before(db, once)) is not None:
-                    return run_of(_row(db, earlier)), True
+                    return run_of(row_of(db, earlier)), True
                 db.execute(sa.select(KEYS.c.id).where(KEYS.c.id == once.key_id).with_for_update())  # one at a time
                 admission(db)
                 require_named(db, new.submitted)
@@ -120,25 +100,25 @@ class Runs:
         """Another connection was first: with the same request, or with another one under the same name."""
         with self._database.reading() as db:
             if (earlier := made_before(db, once)) is not None:
-                return run_of(_row(db, earlier)), True
+                return run_of(row_of(db, earlier)), True
         message = f"a run named {run_id} exists: choose another name"
         raise ServiceError(message, 409, "name_taken")
 
     def get(self, run_id: str, viewer: Principal | None = None) -> ResolvedRun:
         """Raises ServiceError (404) when there is no such run for the viewer. None is the service itself."""
         with self._database.reading() as db:
-            return run_of(_row(db, run_id, viewer))
+            return run_of(row_of(db, run_id, viewer))
 
     def require(self, run_id: str, viewer: Principal) -> None:
         """Raises ServiceError (404) when there is no such run for the viewer."""
         with self._database.reading() as db:
             if db.execute(sa.select(RUNS.c.id).where(RUNS.c.id == run_id, visible(RUNS, viewer))).first() is None:
-                raise _no_such_run()
+                raise no_such_run()
 
     def state(self, run_id: str) -> State:
         """Raises ServiceError (404)."""
         with self._database.reading() as db:
-            return State(_state_row(db, run_id).status)
+            return State(state_row(db, run_id).status)
 
     def job(self, run_id: str) -> str | None:
         """The submission id of a run's present job; None when there is no such run."""
@@ -173,8 +153,8 @@ class Runs:
             where.append(RUNS.c.id.contains(named, autoescape=True))
         where += [self._carries(name, value) for name, value in (metadata or {}).items()]
         with self._database.reading(much=len(where) > 1) as db:
-            rows, more = page_of(db, RUNS, wanted, *where, columns=_UNRESOLVED)
-        return [Run(**_read(row)) for row in rows], more
+            rows, more = page_of(db, RUNS, wanted, *where, columns=UNRESOLVED)
+        return [Run(**fields_in(row)) for row in rows], more
 
     def _carries(self, name: str, value: str) -> sa.ColumnElement[bool]:
         """Whether a run has this pair of metadata. The name is compared, and never part of a JSON path."""
@@ -188,16 +168,16 @@ class Runs:
         active = RUNS.c.status.in_([state.value for state in State if state.active])
         waits = RUNS.c.status.in_([State.QUEUED.value, State.PAUSED.value]) & RUNS.c.submission_id.in_(jobs)
         with self._database.reading() as db:
-            rows = db.execute(sa.select(*_UNRESOLVED).where(active | waits).order_by(RUNS.c.number)).all()
-        return [Run(**_read(row)) for row in rows]
+            rows = db.execute(sa.select(*UNRESOLVED).where(active | waits).order_by(RUNS.c.number)).all()
+        return [Run(**fields_in(row)) for row in rows]
 
     def in_line(self, limit: int, *, but: Collection[str]) -> list[Run]:
         """The first queued runs of keys other than `but`: the highest priority first, then the oldest."""
-        waiting = sa.select(*_UNRESOLVED).where(RUNS.c.status == State.QUEUED.value, RUNS.c.key_id.not_in(but))
+        waiting = sa.select(*UNRESOLVED).where(RUNS.c.status == State.QUEUED.value, RUNS.c.key_id.not_in(but))
         first = waiting.order_by(RUNS.c.priority.desc(), RUNS.c.created_at).limit(limit)
         with self._database.reading() as db:
             rows = db.execute(first).all()
-        return [Run(**_read(row)) for row in rows]
+        return [Run(**fields_in(row)) for row in rows]
 
     def unfinished(self) -> list[ResolvedRun]:
         """Every run that is not in a final state, oldest first."""
@@ -216,34 +196,34 @@ class Runs:
     def usage(self, key_id: str, db: sa.Connection | None = None) -> Usage:
         """What all runs of a key have used, and hold; within the transaction of `db`, when it is given."""
         if db is not None:
-            return _usage(db, key_id)
+            return usage_of(db, key_id)
         with self._database.reading() as reading:
-            return _usage(reading, key_id)
+            return usage_of(reading, key_id)
 
     def edit(self, run_id: str, viewer: Principal, changes: Mapping[str, Any], *, revision: int) -> ResolvedRun:
         """Change priority, metadata or notes. Raises ServiceError: 404, 409 (final run), 412 (old revision)."""
         with self._database.writing() as db:
-            row = _row(db, run_id, viewer, lock=True)
+            row = row_of(db, run_id, viewer, lock=True)
             if State(row.status).final:
                 raise ServiceError(f"run {run_id} is {row.status}, which is final", 409, "run_is_final")
             if row.revision != revision:
                 raise ServiceError("the run has changed since: read it again", 412, "revision_mismatch")
             db.execute(RUNS.update().where(RUNS.c.id == run_id).values({**changes, "revision": revision + 1}))
-            return run_of(_row(db, run_id))
+            return run_of(row_of(db, run_id))
 
     def move(
         self, run_id: str, state: State, message: str, failure: Failure | None = None, viewer: Principal | None = None
     ) -> ResolvedRun:
         """Change a run's state and record that as an event. Raises ServiceError: 404, or 409 illegal_transition."""
         with self._database.writing() as db:
-            _move(db, _row(db, run_id, viewer, lock=True), state, message, failure, time.time())
-            return run_of(_row(db, run_id))
+            move_row(db, row_of(db, run_id, viewer, lock=True), state, message, failure, time.time())
+            return run_of(row_of(db, run_id))
 
     def launched(self, run_id: str) -> None:
         """The cluster has the run's job: from now on it uses what it asked for."""
         with self._database.writing() as db:
-            row = _row(db, run_id, lock=True)
-            _move(db, row, State.STARTING, "the job is submitted to the cluster", None, time.time())
+            row = row_of(db, run_id, lock=True)
+            move_row(db, row, State.STARTING, "the job is submitted to the cluster", None, time.time())
 
     def again(self, run_id: str, message: str, viewer: Principal | None = None, *, retry: bool = False) -> ResolvedRun:
         """Have a run wait for another process, whose job has a name of its own.
@@ -252,17 +232,17 @@ class Runs:
         Raises ServiceError: 404, or 409 illegal_transition.
         """
         with self._database.writing() as db:
-            row = _row(db, run_id, viewer, lock=True)
+            row = row_of(db, run_id, viewer, lock=True)
             current = State(row.status)
             if retry and current not in RETRIED:
                 message = f"run {run_id} is {current}: only a run that failed or was cancelled is retried"
                 raise ServiceError(message, 409, "illegal_transition")
             wanted = State.QUEUED if retry or current is State.PAUSED else State.RECOVERING
             if current is not wanted:
-                _move(db, row, wanted, message, None, time.time(), retry=retry)
+                move_row(db, row, wanted, message, None, time.time(), retry=retry)
             renamed = {"submission_id": _submission_id(run_id), "attempt": row.attempt + 1}
             db.execute(RUNS.update().where(RUNS.c.id == run_id).values(renamed))
-            return run_of(_row(db, run_id))
+            return run_of(row_of(db, run_id))
 
     def spent(self, run_id: str, *, teacher_tokens: int, teacher_usd: float) -> None:
         """What its black-box teachers have cost so far, in all."""
@@ -273,13 +253,13 @@ class Runs:
     def remark(self, run_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:
         """An event of the service's own that changes no state."""
         with self._database.writing() as db:
-            _row(db, run_id, lock=True)
+            row_of(db, run_id, lock=True)
             note(db, run_id, type, message, level=level, **data)
 
     def delete(self, run_id: str, viewer: Principal) -> None:
         """Forget a run that is at its end, with its events. Raises ServiceError: 404, 409 while it is not."""
         with self._database.writing() as db:
-            row = _row(db, run_id, viewer, lock=True)
+            row = row_of(db, run_id, viewer, lock=True)
             if not State(row.status).final:
                 raise ServiceError(f"run {run_id} is {row.status}: cancel it first", 409, "run_is_active")
             for table in RUNS.metadata.sorted_tables:
@@ -294,7 +274,7 @@ class Runs:
         (it comes late, or again) changes nothing. Raises SequenceGap (409) and ServiceError (404).
         """
         with self._database.writing() as db:
-            row = _state_row(db, run_id, lock=True)
+            row = state_row(db, run_id, lock=True)
             held = append_logs(db, run_id, report)
             heard: dict[str, Any] = {"heartbeat_at": time.time()}
             if report.metrics:
@@ -304,103 +284,9 @@ class Runs:
                 heard["code_version"] = report.statuses[-1].code_version
             db.execute(_HEARD, {"of": run_id, **heard})
             for status in report.statuses:
-                row = _apply(db, row, status)
+                row = apply_status(db, row, status)
         return held
-
-
-def _usage(db: sa.Connection, key_id: str) -> Usage:
-    row = db.execute(_USAGE, {"key": key_id, "now": time.time()}).one()
-    return Usage(
-        runs=int(row.runs),
-        unfinished=int(row.unfinished),
-        running=int(row.running),
-        gpu_hours=float(row.gpu_hours),
-        teacher_tokens=int(row.teacher_tokens),
-        teacher_usd=float(row.teacher_usd),
-    )
-
-
-def run_of(row: Any) -> ResolvedRun:
-    """A row of the table as the run it describes."""
-    return ResolvedRun(**_read(row))
-
-
-def _read(row: Any) -> dict[str, Any]:
-    """The fields of Run, and of ResolvedRun where the row has a config."""
-    read = dict(row._mapping)
-    del read["number"]
-    return {
-        "state": State(read.pop("status")),
-        "state_since": read.pop("status_since"),
-        "state_message": read.pop("status_message"),
-        "error": Failure(**error) if (error := read.pop("error")) is not None else None,
-        **read,
-    }
-
-
-def _row(db: sa.Connection, run_id: str, viewer: Principal | None = None, *, lock: bool = False) -> Any:
-    query = sa.select(RUNS).where(RUNS.c.id == run_id, visible(RUNS, viewer))
-    row = db.execute(query.with_for_update() if lock else query).first()
-    if row is None:
-        raise _no_such_run()
-    return row
-
-
-def _state_row(db: sa.Connection, run_id: str, *, lock: bool = False) -> Any:
-    """What a change of state asks of a run, without what its client wrote."""
-    row = db.execute(_STATE_LOCKED if lock else _STATE, {"of": run_id}).first()
-    if row is None:
-        raise _no_such_run()
-    return row
-
-
-def _no_such_run() -> ServiceError:
-    return ServiceError("there is no such run", 404, "run_not_found")
 
 
 def _submission_id(run_id: str) -> str:
     return f"potstill-{run_id}-{secrets.token_hex(4)}"
-
-
-def _move(
-    db: sa.Connection,
-    row: Any,
-    state: State,
-    message: str,
-    failure: Failure | None,
-    when: float,
-    *,
-    retry: bool = False,
-) -> None:
-    if not retry:
-        check_move(row.id, State(row.status), state)
-    error = asdict(failure) if failure is not None else None
-    change: dict[str, Any] = {
-        "status": state.value,
-        "status_since": when,
-        "status_message": message,
-        "error": error,
-    }
-    if state is State.STARTING:
-        change["launched_at"] = when
-    if state is State.RUNNING and row.started_at is None:
-        change["started_at"] = when
-    if row.launched_at is not None and (not state.active or state is State.RECOVERING):
-        change |= {"launched_at": None, "busy_s": row.busy_s + max(0.0, when - row.launched_at)}
-    change["finished_at"] = when if state.final else None
-    db.execute(RUNS.update().where(RUNS.c.id == row.id).values(change))
-    note_state(db, row.id, state, message, error)
-
-
-def _apply(db: sa.Connection, row: Any, reported: ReportedStatus) -> Any:
-    """Move a run as it reports. One that was asked to pause and stopped is paused, not cancelled."""
-    current, wanted, error = State(row.status), State(reported.status.value), reported.error
-    if current is State.PAUSING and wanted is State.CANCELLED:
-        wanted = State.PAUSED
-    try:
-        check_move(row.id, current, wanted)
-    except ServiceError:
-        return row
-    failure = Failure(type=error.type, category=error.category, message=error.message) if error is not None else None
-    _move(db, row, wanted, f"the run reports that it is {wanted}", failure, reported.time)
-    return _state_row(db, row.id)
