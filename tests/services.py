@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 from starlette.types import ASGIApp
 
 from orchestrator.service.app import create_app
@@ -20,6 +19,7 @@ from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
 from orchestrator.service.principals import Limits, Scope
 from orchestrator.service.serve import ServiceOptions, compose
+from orchestrator.service.server import Server
 from orchestrator.service.state import ServiceState
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
@@ -43,6 +43,7 @@ class Service:
     state: ServiceState
     measures: Measures
     http: httpx2.Client
+    end: Callable[[], None]  # returns once it is gone
 
     def client(self) -> Client:
         return Client(self.url, self.key)
@@ -109,16 +110,23 @@ def serving(
     measures = Measures(store, lambda: state.supervisor.healthy)
     app = create_app(state, measures=measures)
     app.add_api_route("/boom", lambda: {}["/a/secret/path"], include_in_schema=False)
-    config = uvicorn.Config(before(app), host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = Server(
+        before(app), state.following, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
+
+    def end() -> None:
+        server.should_exit = True
+        thread.join()
+
     headers = {"Authorization": f"Bearer {key}"}
     try:
         with httpx2.Client(base_url=url, headers=headers, trust_env=False, verify=PLAIN, timeout=30.0) as http:
-            yield Service(url=url, key=key, folder=folder, store=store, state=state, measures=measures, http=http)
+            yield Service(
+                url=url, key=key, folder=folder, store=store, state=state, measures=measures, http=http, end=end
+            )
     finally:
-        server.should_exit = True
-        thread.join()
+        end()
         store.close()

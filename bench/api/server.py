@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import uvicorn
-
 from orchestrator.service.app import create_app
 from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
-from orchestrator.service.serve import SHUTDOWN_S, collect_seldom, compose, take_short_turns
+from orchestrator.service.serve import collect_seldom, compose, take_short_turns
+from orchestrator.service.server import Server
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
 from tests.launchers import EndlessLauncher
@@ -30,17 +29,8 @@ def main() -> None:
     launcher = EndlessLauncher(run.submission_id for run in store.runs.unfinished())
     state = compose(store, launcher, Signer(SECRET), options(folder, database, slots=SLOTS), holder="bench")
     app = create_app(state, measures=Measures(store, lambda: state.supervisor.healthy))
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=port,
-        log_config=None,
-        access_log=False,
-        backlog=1024,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-    )
     collect_seldom()
-    uvicorn.Server(config).run()
+    Server(app, state.following, host="127.0.0.1", port=port, backlog=1024).run()
 
 
 if __name__ == "__main__":

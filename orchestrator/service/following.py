@@ -50,6 +50,7 @@ class Following:
         self._keepalive_s = keepalive_s
         self._tails: dict[str, _Tail] = {}
         self._open: Counter[str] = Counter()
+        self._over = False
 
     @property
     def followers(self) -> int:
@@ -60,6 +61,12 @@ class Following:
         if self._open[who.key_id] >= who.limits.streams:
             raise ServiceError("this key has too many event streams open: close one", 429, "too_many_streams")
 
+    def end(self) -> None:
+        """End every stream, those too that have yet to begin: the service ends, and its clients ask again."""
+        self._over = True
+        for tail in self._tails.values():
+            self._hand_out(tail, None)
+
     async def stream(self, run_id: str, after: int, who: Principal) -> AsyncIterator[bytes]:
         """Events with seq > after as server-sent ones, to the run's end. The caller has seen that the run exists."""
         yield format_sse_event(retry=RETRY_MS)
@@ -68,7 +75,7 @@ class Following:
             reached = max(after, tail.seq)
             async for sent in self._replay(run_id, after, reached):
                 yield sent
-            while (batch := await queue.get()) is not None:
+            while not self._over and (batch := await queue.get()) is not None:
                 number, sent = batch
                 if number > reached or sent is KEEPALIVE_COMMENT:
                     yield sent
@@ -103,7 +110,7 @@ class Following:
 
     async def _replay(self, run_id: str, after: int, until: int) -> AsyncIterator[bytes]:
         """What was handed out before this follower came."""
-        while after < until:
+        while after < until and not self._over:
             limit = min(FEW, until - after)  # numbers have no gaps
             events = await briefly(self._store, self._store.events.list, run_id, after=after, limit=limit)
             if not events:

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-import uvicorn
-
 from orchestrator.service import logs
 from orchestrator.service.app import create_app
 from orchestrator.service.catalog import Catalog
@@ -36,6 +34,7 @@ from orchestrator.service.keys import Signer
 from orchestrator.service.measures import Measures
 from orchestrator.service.principals import Scope
 from orchestrator.service.retention import expire
+from orchestrator.service.server import Server
 from orchestrator.service.state import ServiceState
 from orchestrator.service.store import Store
 from orchestrator.service.store.database import Database
@@ -45,7 +44,6 @@ from potstill.errors import ConfigError
 HEAD_RECORD = ".ray-head.json"
 LOCK = ".lock"
 SIGNING = ".service-secret"
-SHUTDOWN_S = 3  # for answers under way; a follower of events is cut off and resumes
 TURN_S = 1e-3
 UNCOLLECTED = 20_000  # objects that are made before the youngest are looked through; Python's own is 700
 POLL_S = 1.0  # between two looks at the cluster
@@ -93,16 +91,8 @@ def serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
         try:
             with measures.served(options.admin_host, options.admin_port), _until_asked():
                 say(f"potstill serves at {url}")
-                config = uvicorn.Config(
-                    app,
-                    log_config=None,
-                    log_level="warning",
-                    timeout_graceful_shutdown=SHUTDOWN_S,
-                    server_header=False,
-                    access_log=False,
-                )
                 collect_seldom()
-                uvicorn.Server(config).run(sockets=[listening])
+                Server(app, state.following).run(sockets=[listening])
         finally:
             _end(store, head, lock, options, say)
 

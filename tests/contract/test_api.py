@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +484,18 @@ def test_where_no_stream_can_be_had_the_client_reads_pages(tmp_path: Path):
             assert client.get_run("paged")["status"] == "succeeded"
     assert seqs == list(range(1, len(seqs) + 1))
     assert len(seqs) == 24  # four statuses, ten events, ten steps of metrics
+
+
+def test_a_service_that_ends_ends_the_streams_of_those_who_follow(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with serving(tmp_path, lambda _url: AwayLauncher()) as service, ThreadPoolExecutor(1) as reader:
+        service.http.post("/v1/runs", json=submitted(name="waits")).raise_for_status()
+
+        def follow() -> list[str]:
+            with service.asking(service.key).sse("/v1/runs/waits/events") as source:
+                return [message.event for message in source]
+
+        heard = reader.submit(follow)
+        until(lambda: service.state.following.followers)
+        service.end()
+        assert set(heard.result(timeout=30)) == {"message", "run.event"}  # no break, and no end of the run
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
