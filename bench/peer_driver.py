@@ -70,7 +70,7 @@ def turns(questions: TextIO, answers: TextIO) -> Any:
     """A callback that trains as many steps as it is asked for, and times them."""
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-    class Turns(TrainerCallback):
+    class Turns(TrainerCallback):  # type: ignore[misc]
         wanted = 0
         steps: list[list[float]] = []  # noqa: RUF012
         last = 0.0

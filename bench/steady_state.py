@@ -82,7 +82,7 @@ def figures(folder: Path) -> dict[str, Any]:
     steps = steps_in(folder)[WARM_UP_STEPS:]
 
     def median(name: str) -> float:
-        return statistics.median(step[name] for step in steps)
+        return float(statistics.median(step[name] for step in steps))
 
     split = {
         "generate": median("worker_seconds_generate"),

@@ -169,13 +169,13 @@ class Learner:
         if self.trainer.student.ranks.rank == 0:
             self._writing = self._writer.submit(self._write, captured, Path(folder), card, extra)
 
-    @aside
+    @aside  # type: ignore[untyped-decorator]
     def saved(self) -> list[str]:
         """Wait for what is being written. Returns the checkpoints on disk. Raises RunError when the disk refuses."""
         self._written()
         return [str(folder) for folder in checkpoints(self._fence.folder / "checkpoints")]
 
-    @aside
+    @aside  # type: ignore[untyped-decorator]
     def beat(self) -> None:
         """A sign of life."""
 

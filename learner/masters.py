@@ -65,5 +65,5 @@ def _behind(parameter: nn.Parameter) -> Tensor:
         gradient, narrow.grad = narrow.grad.to(wide), None
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
-    parameter.register_post_accumulate_grad_hook(take)
+    parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
     return master

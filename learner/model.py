@@ -45,12 +45,13 @@ class CausalModel(nn.Module):
     @property
     def head(self) -> Tensor:
         """[V, D]. Over several ranks it is whole from a pass until `Ranks.settle` or a backward; else a shard."""
-        return self.transformer.get_output_embeddings().weight
+        weight: Tensor = self.transformer.get_output_embeddings().weight
+        return weight
 
     def forward(self, packed: Packed) -> Tensor:
         """Hidden states [M, D] of the rows that predict a loss token."""
         device = self.head.device
-        hidden = self.transformer.get_decoder()(
+        hidden: Tensor = self.transformer.get_decoder()(
             input_ids=packed.input_ids.to(device).unsqueeze(0),
             position_ids=packed.position_ids.to(device).unsqueeze(0),
             use_cache=False,
@@ -143,7 +144,8 @@ def _with_adapter(transformer: PreTrainedModel, config: LoraConfig, seed: int) -
     adapter = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules), task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(transformer, adapter)
+    network: nn.Module = peft.get_peft_model(transformer, adapter)
+    return network
 
 
 def _merged(transformer: PreTrainedModel) -> dict[str, Tensor]:

@@ -198,9 +198,11 @@ class Trainer:
         Ranks meet in every pass: where another has one more, the shortest text without a loss token fills it.
         """
         plans = self._micro_batches(batch, masks)
-        own = [(indices, [masks[i] for i in indices]) for indices in plans[self.student.ranks.rank]]
+        own: list[tuple[list[int], Masks]] = [
+            (indices, [masks[i] for i in indices]) for indices in plans[self.student.ranks.rank]
+        ]
         shortest = min(range(len(batch)), key=lambda i: self._num_tokens(batch[i]))
-        idle = ([shortest], [np.zeros_like(masks[shortest])])
+        idle: tuple[list[int], Masks] = ([shortest], [np.zeros_like(masks[shortest])])
         return own + [idle] * (max(map(len, plans)) - len(own))
 
     def _micro_batches(self, batch: Batch, masks: Masks) -> list[list[list[int]]]:

@@ -97,6 +97,7 @@ class Attempt:
 
     def _go_on(self, start: StartingPoint) -> Buffer:
         """The counters as the checkpoint has them, and what was scored after it."""
+        assert start.published is not None, "rank 0 publishes, and it is asked"
         config, journal, version = self._config, self._journal, start.published.version
         for flaw in start.damaged:
             journal.event("checkpoint.corrupted", f"{flaw}; an earlier one is used", level="error")

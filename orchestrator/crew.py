@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -201,6 +202,6 @@ class Crew:
             present = self._roster.present
             worker = present[number % len(present)]
             try:
-                return await until(self._patience.wait_out(lambda w=worker: job(w)), self.pulse(worker))
+                return await until(self._patience.wait_out(partial(job, worker)), self.pulse(worker))
             except WorkerLost as error:
                 self.lost(worker, error)

@@ -103,7 +103,7 @@ class RolloutWorker:
         """What a paid teacher was asked here and what it cost; empty where nobody is paid."""
         return self._opened.spent()
 
-    @aside
+    @aside  # type: ignore[untyped-decorator]
     async def beat(self) -> None:
         """A sign of life."""
 

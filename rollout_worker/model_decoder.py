@@ -54,7 +54,7 @@ class ModelDecoder:
         text = self._config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-        return 2 * int(self._model.dtype.itemsize) * text.num_hidden_layers * heads * head_dim * num_positions
+        return int(2 * self._model.dtype.itemsize * text.num_hidden_layers * heads * head_dim * num_positions)
 
     def prefill(self, ids_BQ: Tensor, real_BQ: Tensor, num_new: int) -> tuple[ModelCache, Tensor]:
         cache = ModelCache(DynamicCache(config=self._config), real_BQ)
@@ -74,4 +74,5 @@ class ModelDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1].float()
+        return logits

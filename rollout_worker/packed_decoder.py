@@ -114,7 +114,7 @@ class PackedDecoder:
         later_QQ = torch.ones(width, width, dtype=torch.bool).triu(1)
         lowest = torch.finfo(torch.float32).min
         logits = []
-        for rows in torch.arange(num_rows).split(max(1, PREFILL_MASK_ENTRIES // (width * width))):
+        for rows in torch.split(torch.arange(num_rows), max(1, PREFILL_MASK_ENTRIES // (width * width))):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             # The lowest float and not -inf: a padded query sees nothing, and a softmax over nothing is NaN.
             bias = cache.bias_B1S[part, None, :, :width].masked_fill(later_QQ, lowest)
@@ -187,7 +187,7 @@ class PackedDecoder:
         num_rows, heads, _, _ = keys.shape
         query_key = query_key.view(num_rows, -1, *query_key.shape[1:]).transpose(1, 2)
         value = value.view(num_rows, -1, *value.shape[1:]).transpose(1, 2)
-        query, key = query_key.split((self._num_heads, heads), dim=1)
+        query, key = torch.split(query_key, [self._num_heads, heads], dim=1)
         end = start + key.shape[2]
         keys[..., start:end] = key.transpose(2, 3)
         values[..., start:end] = value.transpose(2, 3)
@@ -245,7 +245,7 @@ def _rotations(config: PretrainedConfig, size: int, dim: int) -> tuple[Tensor, T
 
 def _pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """x ↦ x·weightᵀ + bias on a packed copy: at decoding heights about twice as fast as the BLAS of torch."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kept = weight.clone()
         return lambda x: F.linear(x, kept, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)

@@ -122,7 +122,8 @@ def divergence(teacher: FloatArray, rest: FloatArray, student: FloatArray) -> ND
     logq = np.column_stack([student, np.log(q_rest)]).astype(np.float64)
     p = np.exp(logp)
     terms = p * np.subtract(logp, logq, where=p != 0, out=np.zeros_like(p))
-    return np.maximum(terms.sum(axis=1), 0.0)  # rounding
+    apart: NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0.0)  # rounding
+    return apart
 
 
 def position(apart: NDArray[np.floating[Any]], token_ids: IntArray, best: IntArray) -> int | None:
@@ -146,9 +147,10 @@ def position(apart: NDArray[np.floating[Any]], token_ids: IntArray, best: IntArr
 
 def _corrected(completion: Completion, place: int, token: int, *, end: int) -> Completion:
     """Up to `place`, where `token` stands now."""
-    columns = {name: None if rows is None else rows[: place + 1].copy() for name, rows in _columns(completion)}
-    columns["token_ids"][place] = token  # type: ignore[index]
-    columns["logprobs"][place] = math.nan  # type: ignore[index]
+    kept = slice(place + 1)
+    columns: dict[str, Any] = {name: rows if rows is None else rows[kept].copy() for name, rows in _columns(completion)}
+    columns["token_ids"][place] = token
+    columns["logprobs"][place] = math.nan
     reason = FinishReason.STOP if token == end else FinishReason.LENGTH
     return replace(completion, **columns, finish_reason=reason)
 
@@ -156,7 +158,9 @@ def _corrected(completion: Completion, place: int, token: int, *, end: int) -> C
 def _joined(begun: Completion, ending: Completion) -> Completion:
     """One after the other."""
     ends = dict(_columns(ending))
-    columns = {name: None if rows is None else np.concatenate([rows, ends[name]]) for name, rows in _columns(begun)}
+    columns: dict[str, Any] = {
+        name: None if rows is None else np.concatenate([rows, ends[name]]) for name, rows in _columns(begun)
+    }
     return replace(ending, **columns)
 
 

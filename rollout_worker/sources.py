@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -155,7 +155,7 @@ class Standing:
 
 def joined(begun: Completion, ending: Completion) -> Completion:
     """One completion of two parts, each token with the version that wrote it."""
-    columns = {
+    columns: dict[str, Any] = {
         name: None if getattr(begun, name) is None else np.concatenate([getattr(begun, name), getattr(ending, name)])
         for name in (column.name for column in fields(Completion))
         if name != "finish_reason"

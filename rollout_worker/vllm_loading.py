@@ -24,16 +24,16 @@ NAME = "potstill"
 
 
 @dataclass
-class Nobody(WeightTransferInitInfo):
+class Nobody(WeightTransferInitInfo):  # type: ignore[misc]
     """There is nobody to meet: tensors are handed in."""
 
 
 @dataclass
-class Handed(WeightTransferUpdateInfo):
+class Handed(WeightTransferUpdateInfo):  # type: ignore[misc]
     weights: Iterable[tuple[str, Tensor]]
 
 
-class Loading(WeightTransferEngine[Nobody, Handed]):
+class Loading(WeightTransferEngine[Nobody, Handed]):  # type: ignore[misc]
     """In the process of vLLM's worker, which is this one."""
 
     init_info_cls = Nobody

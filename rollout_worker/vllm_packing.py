@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,10 @@ def pack(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Packed:
 
     Raises NonFinite for weights that are NaN, and where vLLM leaves any part of a parameter as it is.
     """
-    twins = {layer: copy.copy(layer) for layer in model.modules()}  # what is not a tensor they share
+    twins: dict[nn.Module, Any] = {layer: copy.copy(layer) for layer in model.modules()}  # sharing what is no tensor
     shared: dict[Tensor, Tensor] = {}  # as a head that is tied to the embedding
     for layer, twin in twins.items():
-        vars(twin)["_modules"] = {name: twins.get(child) for name, child in layer._modules.items()}
+        vars(twin)["_modules"] = {name: None if one is None else twins[one] for name, one in layer._modules.items()}
         vars(twin)["_parameters"] = {name: _empty(layer, twin, name, shared) for name in layer._parameters}
         vars(twin)["_buffers"] = {name: None if one is None else one.clone() for name, one in layer._buffers.items()}
     twins[model].load_weights(weights)

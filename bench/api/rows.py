@@ -38,6 +38,7 @@ def fill(store: Store, config: dict[str, Any], *, runs: int, at_work: int, event
     with store.database.writing() as db:
         if db.dialect.name == "postgresql":
             db.exec_driver_sql("ANALYZE")  # as its autovacuum has done where rows came in the course of weeks
+    assert text is not None, "no request has made it before"
     return text
 
 

@@ -67,7 +67,8 @@ def flop(size: str, model: CausalModel) -> float:
     _, _, layers, heads, _, width, _ = SHAPES[size]
     read = sum(p.numel() for p in model.transformer.get_decoder().layers.parameters())
     tokens, pairs = ANSWERS * (PROMPT + ANSWER), ANSWERS * (PROMPT + ANSWER) ** 2 / 2
-    return 3 * (2 * (read * tokens + model.head.numel() * ANSWERS * ANSWER) + 4 * layers * heads * width * pairs)
+    once = 2 * (read * tokens + model.head.numel() * ANSWERS * ANSWER) + 4 * layers * heads * width * pairs
+    return float(3 * once)
 
 
 def measure(size: str, way: str, device: torch.device) -> dict[str, Any]:

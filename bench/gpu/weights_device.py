@@ -28,12 +28,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from potstill.types import WeightsVersion
     from rollout_worker.engine import Completion, RolloutEngine
 
+Dtype = Literal["float32", "bfloat16"]
 FIRST, ROUNDS = 2, 7  # of which the first touch new memory and make the link
 ROOT = Path(__file__).parents[2]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -273,7 +274,7 @@ async def verified(
     return found
 
 
-async def one_size(size: int, dtype: str, gpus: tuple[str | None, str | None]) -> dict[str, Any]:
+async def one_size(size: int, dtype: Dtype, gpus: tuple[str | None, str | None]) -> dict[str, Any]:
     import torch
     from transformers import Qwen3ForCausalLM
 
@@ -288,7 +289,7 @@ async def one_size(size: int, dtype: str, gpus: tuple[str | None, str | None]) -
         engine = build_engine(
             "vllm", model=folders[0], dtype=dtype, stop_token_id=0, version=0, threads=os.cpu_count() or 1,
             max_model_len=1024,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         worker = Worker(engine, config_of(size).vocab_size)
         learner = Learner(folders, dtype, gpus[0], piece_bytes=64 << 20)
         report = await measured(worker, learner)
@@ -317,15 +318,15 @@ def main() -> None:
     parser.add_argument("--learner", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.learner:
-        piece_bytes, dtype, *folders = chosen.learner
-        learn(int(piece_bytes), dtype, folders)
+        piece_bytes, named, *folders = chosen.learner
+        learn(int(piece_bytes), named, folders)
         return
     count = int(subprocess.run([sys.executable, "-c", COUNT], check=True, capture_output=True, text=True).stdout)
     gpus = gpus_of(count)
     os.environ.update(seeing(gpus[1]), **QUIET)  # before torch is imported
     import torch
 
-    dtype = chosen.dtype or ("bfloat16" if count else "float32")
+    dtype: Dtype = chosen.dtype or ("bfloat16" if count else "float32")
     report: dict[str, Any] = {
         "chip": torch.cuda.get_device_name() if count else "none: gloo between CPUs",
         "gpus": count, "dtype": dtype, "torch": torch.__version__, "rounds": ROUNDS,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from orchestrator.service.principals import Scope
 from orchestrator.service.store.glance import Glance, knows_revision, newest_revision, sqlite_file

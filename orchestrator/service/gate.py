@@ -160,7 +160,7 @@ def _invalid(request: Request, code: str, mistakes: list[dict[str, Any]]) -> JSO
         {name: None if text is None else text[:LONGEST_LINE] for name, text in mistake.items()}
         for mistake in mistakes[:MOST_DETAILS]
     ]
-    lines = [detail["message"] for detail in details]
+    lines = [str(detail["message"]) for detail in details]
     if len(mistakes) > len(details):
         lines.append(f"and {len(mistakes) - len(details)} more")
     return _error(request.state.request_id, 400, code, "\n".join(lines), details)

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 import httpx2
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from orchestrator.service.checkup import PATIENCE_S, Place
 from orchestrator.service.store.glance import Glance, sqlite_file

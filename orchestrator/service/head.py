@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from orchestrator.service.jobs import Cluster
 from potstill.errors import ConfigError, ServiceError

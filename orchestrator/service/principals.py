@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,21 +37,21 @@ class Limits(BaseModel):
     """What a key may use, counted over all runs that were submitted with it. None: no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    running: int | None = Field(None, ge=0)
+    running: Annotated[int | None, Field(ge=0)] = None
     """Runs that have processes at the same time; more wait in the queue."""
-    unfinished: int | None = Field(None, ge=0)
+    unfinished: Annotated[int | None, Field(ge=0)] = None
     """Runs that are not at their end, the queue included; more are refused."""
-    runs: int | None = Field(None, ge=0)
+    runs: Annotated[int | None, Field(ge=0)] = None
     """Runs ever."""
-    gpu_hours: float | None = Field(None, ge=0)
+    gpu_hours: Annotated[float | None, Field(ge=0)] = None
     """GPUs of a run times the hours that its processes lived. A run that crosses it is stopped with a checkpoint."""
-    teacher_tokens: int | None = Field(None, ge=0)
+    teacher_tokens: Annotated[int | None, Field(ge=0)] = None
     """Tokens that black-box teachers read and wrote for its runs."""
-    teacher_usd: float | None = Field(None, ge=0)
+    teacher_usd: Annotated[float | None, Field(ge=0)] = None
     """What these cost, by the prices of the runs' configs."""
-    streams: int = Field(20, ge=0)
+    streams: Annotated[int, Field(ge=0)] = 20
     """Event streams open at the same time."""
-    stored_bytes: int = Field(50 << 30, ge=0)
+    stored_bytes: Annotated[int, Field(ge=0)] = 50 << 30
     """Of files that were uploaded with it and not deleted."""
 
 

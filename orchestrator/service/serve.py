@@ -222,6 +222,7 @@ def _make_key(store: Store, options: ServiceOptions, say: Callable[[str], None])
         raise ConfigError(f"--host {options.host}: there is no API key yet; name a --key-file for one that is made now")
     file = _new_private_file(options.key_file) if options.key_file is not None else None
     _, key = store.keys.create(owner="operator", label="made by potstill serve", scopes=[Scope.ADMIN])
+    assert key is not None, "no request has made it before"
     if file is None:
         say(f"API key (shown once): {key}")
         return

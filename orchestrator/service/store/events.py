@@ -80,7 +80,7 @@ class Events:
         with self._database.reading() as db:
             return _last_seq(db, run_id)
 
-    def metrics(self, run_id: str, *, after_step: int = 0) -> list[dict[str, float | None]]:
+    def metrics(self, run_id: str, *, after_step: int = 0) -> Sequence[dict[str, float | None]]:
         """What the run reported of each step that counts, in order: a step that was done again counts once.
 
         Of the steps up to `after_step` only the numbers are read, which is what makes following a long run cheap.
