@@ -69,7 +69,7 @@ _BOX = {"teacher": "teacher"}
 
 PREPARATIONS = {
     "teacher": Phase(config="teacher", scratch="teacher", seed=0),
-    "second_teacher": Phase(config="teacher", scratch="teacher", changes=("loop.steps=300",), seed=1),
+    "second_teacher": Phase(config="teacher", scratch="teacher", changes=("loop.steps=350",), seed=1),
     "foreign_teacher": Phase(config="teacher", scratch="foreign_teacher", seed=0),
     "warm_student": Phase(config="warm_student", scratch="student"),
     "hint_student": Phase(config="hint_student", scratch="hint_student"),
