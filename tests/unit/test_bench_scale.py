@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from bench import scale
+from bench.scale import __main__ as scale
+from bench.scale.one_process import Skipping, Wire
+from bench.scale.stand_ins import Cost, SimulatedWorker, published
 from potstill.types import Prompt
 
 PROMPT = Prompt(id="train-0", index=0, messages=(), domain="test", answer=None, solution=None)
@@ -15,7 +17,7 @@ PROMPT = Prompt(id="train-0", index=0, messages=(), domain="test", answer=None, 
 
 def test_time_is_skipped_while_everybody_waits():
     began = time.perf_counter()
-    with asyncio.Runner(loop_factory=scale.Skipping) as runner:
+    with asyncio.Runner(loop_factory=Skipping) as runner:
 
         async def wait() -> float:
             before = asyncio.get_running_loop().time()
@@ -27,7 +29,7 @@ def test_time_is_skipped_while_everybody_waits():
 
 
 def test_time_passes_while_something_is_computed():
-    with asyncio.Runner(loop_factory=scale.Skipping) as runner:
+    with asyncio.Runner(loop_factory=Skipping) as runner:
 
         async def compute() -> float:
             before = asyncio.get_running_loop().time()
@@ -43,7 +45,7 @@ async def test_what_passes_a_handle_is_counted_and_copied():
             value.append(1)
             return value
 
-    wire, sent = scale.Wire(), [0]
+    wire, sent = Wire(), [0]
     assert await wire.handle(Echo()).same.remote(sent) == [0, 1]
     assert sent == [0]
     assert wire.num_bytes > 0
@@ -51,7 +53,7 @@ async def test_what_passes_a_handle_is_counted_and_copied():
 
 @pytest.mark.parametrize("order", ["finish", "prompt"])
 def test_a_loop_that_has_time_keeps_its_workers_writing(order: str):
-    found = scale.simulated(16, scale.Cost(), order)
+    found = scale.simulated(16, Cost(), order)
     assert found["rollouts"] >= scale.FEWEST_ROLLOUTS
     assert 0.8 < found["efficiency"] < 1.2
     assert found["staleness_max"] <= scale.MAX_STALENESS
@@ -59,15 +61,15 @@ def test_a_loop_that_has_time_keeps_its_workers_writing(order: str):
 
 
 def test_a_worker_that_loads_weights_writes_nothing_meanwhile():
-    cost = scale.Cost(sigma=0.0, mean_tokens=100.0, tokens_per_s=10.0, load_s=3.0, scored_tokens_per_s=1e9)
+    cost = Cost(sigma=0.0, mean_tokens=100.0, tokens_per_s=10.0, load_s=3.0, scored_tokens_per_s=1e9)
 
     async def write_while_loading() -> float:
-        worker, began = scale.SimulatedWorker(0, cost), asyncio.get_running_loop().time()
+        worker, began = SimulatedWorker(0, cost), asyncio.get_running_loop().time()
         writing = asyncio.create_task(worker.rollout(range(1), [PROMPT], 0))
         await asyncio.sleep(1)
-        await worker.load_weights(scale.published(1))
+        await worker.load_weights(published(1))
         await writing
         return asyncio.get_running_loop().time() - began
 
-    with asyncio.Runner(loop_factory=scale.Skipping) as runner:
+    with asyncio.Runner(loop_factory=Skipping) as runner:
         assert runner.run(write_while_loading()) == pytest.approx(10 + 3, abs=0.5)

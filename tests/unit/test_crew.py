@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.scale import Wire, published
+from bench.scale.one_process import Wire
+from bench.scale.stand_ins import published
 from orchestrator.crew import Crew
 from orchestrator.learners import Learners
 from orchestrator.roster import Roster, Worker
