@@ -79,7 +79,7 @@ class Following:
                 number, sent = batch
                 if number > reached or sent is KEEPALIVE_COMMENT:
                     yield sent
-            heard_all = queue in tail.queues  # else it was let go of, and the client asks again
+            heard_all = queue in tail.queues and not self._over  # else it was let go of, and its client asks again
         if tail.ended is not None and heard_all:
             yield format_sse_event(event="end", data_str=json.dumps({"status": tail.ended.value}))
 

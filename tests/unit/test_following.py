@@ -79,6 +79,20 @@ async def test_a_follower_that_does_not_keep_up_is_let_go_of_and_not_told_that_i
     assert numbers(rest) == []
 
 
+async def test_a_follower_whom_the_services_end_overtakes_is_not_told_that_it_has_heard_all(store: Store):
+    followed = Following(store, poll_s=0.001)
+    stream = followed.stream("one", 0, WHO)
+    await anext(stream)
+    await anext(stream)  # the first event; what comes now waits for it
+    await asyncio.to_thread(tell, store, 1, 5)
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(store.runs.move, "one", State.CANCELLED, "enough")
+    await asyncio.sleep(0.05)
+    followed.end()
+    assert b"".join([sent async for sent in stream]) == b""
+    assert followed.followers == 0
+
+
 async def test_who_follows_a_silent_run_hears_that_the_line_lives(store: Store):
     stream = Following(store, poll_s=0.01, keepalive_s=0.02).stream("one", 1, WHO)
     assert [numbers(await anext(stream)) for _ in range(4)] == [[]] * 4
