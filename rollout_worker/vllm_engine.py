@@ -144,8 +144,7 @@ class VllmEngine:
         if self._settings.tensor_parallel > 1:
             return lending.enter_context(lent(weights))
         if self._packs and isinstance(weights, Here) and not self._torn:  # of a half version no layer is fit to copy
-            packed: Packed
-            (packed,) = self._engine.collective_rpc(lambda worker: pack(worker.get_model(), weights))
+            packed: Packed = self._engine.collective_rpc(lambda worker: pack(worker.get_model(), weights))[0]
             return packed
         return weights
 
